@@ -1,0 +1,143 @@
+"""The digits: a bundled sample that needs no network, and the full MNIST."""
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset
+
+from lora_helpers.cache import cache_folder
+
+MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to [0, 1]
+SAMPLE_TRAIN_PER_DIGIT = 300  # of 500; why 300/200 and four epochs: README, "What you will see"
+DOWNLOAD_TIMEOUT = 20  # seconds without an answer before a download gives up
+
+
+@dataclass(frozen=True)
+class Mnist:
+    """Digits to train and to test on.
+
+    Attributes:
+        train, test: each a `TensorDataset` of images, float32, N×1×28×28, normalised with
+            mean 0.1307 and standard deviation 0.3081, and labels, int64, N.
+        source: "sample" (the 5,000 bundled images) or "full" (MNIST's 70,000).
+    """
+
+    train: TensorDataset
+    test: TensorDataset
+    source: str
+
+    @property
+    def pretraining_epochs(self) -> int:
+        """Passes over `train` that make a good base: 4 on the small sample, 1 on full MNIST."""
+        return {"sample": 4, "full": 1}[self.source]
+
+    def __repr__(self) -> str:
+        return f"Mnist({self.source}: {len(self.train):,} training and {len(self.test):,} test images)"
+
+
+def load_mnist(source: str | None = None, root: str | os.PathLike | None = None) -> Mnist:
+    """Loads the digits, normalised once.
+
+    Args:
+        source: "sample", the 5,000 genuine images in this package (no network): 300 of each
+            digit to train, 200 to test; or "full", MNIST's 60,000 and 10,000. Default: the
+            environment variable LORA_MNIST, else "sample".
+        root: for "full", the folder that holds, or is to hold, `MNIST/raw`. Default: the
+            environment variable LORA_MNIST_ROOT, else a cache folder. Files missing there
+            are downloaded by torchvision.
+
+    Raises:
+        ValueError: `source` is neither "sample" nor "full".
+        RuntimeError: the full MNIST is not in `root` and could not be downloaded.
+
+    Source: mean and deviation as in PyTorch's MNIST example; files by
+    https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.MNIST.html
+    """
+    source = os.environ.get("LORA_MNIST") or "sample" if source is None else source
+    if source == "sample":
+        return _load_sample()
+    if source == "full":
+        root = root or os.environ.get("LORA_MNIST_ROOT") or cache_folder() / "mnist"
+        return _load_full(Path(root))
+    raise ValueError(
+        f"source is {source!r}; allowed are 'sample' (5,000 bundled images) and 'full' (70,000). "
+        "Pass one of them to load_mnist, or set LORA_MNIST to it."
+    )
+
+
+def only_digit(dataset: TensorDataset, digit: int) -> TensorDataset:
+    """The part of `dataset` whose label is `digit`, in the same order.
+
+    Raises:
+        ValueError: `digit` is not a whole number from 0 to 9, or the dataset has none of it.
+    """
+    if isinstance(digit, bool) or not isinstance(digit, int) or not 0 <= digit <= 9:
+        raise ValueError(f"digit is {digit!r}; it must be a whole number from 0 to 9.")
+    images, labels = as_tensors(dataset)
+    keep = labels == digit
+    if not keep.any():
+        raise ValueError(f"The dataset of {len(labels)} images holds no {digit}; choose another digit.")
+    return TensorDataset(images[keep], labels[keep])
+
+
+def as_tensors(dataset: TensorDataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images and labels of `dataset`, checked.
+
+    Raises:
+        TypeError: not a `TensorDataset` of images and int64 labels.
+        ValueError: it is empty, or a label is not 0 to 9.
+    """
+    tensors = getattr(dataset, "tensors", ())
+    if len(tensors) != 2 or tensors[1].dtype != torch.int64 or tensors[1].ndim != 1:
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__}; it must be a TensorDataset(images, labels) "
+            "with int64 labels, such as load_mnist().train."
+        )
+    images, labels = tensors
+    if len(labels) == 0:
+        raise ValueError("The dataset is empty; it must hold at least one image.")
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"Labels run from {labels.min()} to {labels.max()}; they must be 0 to 9.")
+    return images, labels
+
+
+def _normalised(images: torch.Tensor, labels: torch.Tensor) -> TensorDataset:
+    pixels = images.unsqueeze(1).to(torch.float32).div_(255)
+    return TensorDataset(pixels.sub_(MEAN).div_(STD), labels.to(torch.int64))
+
+
+def _load_sample() -> Mnist:
+    path = Path(__file__).parent / "sample" / "mnist_sample.npz"
+    with np.load(path, allow_pickle=False) as file:
+        images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+    position = torch.arange(len(labels)) % 500  # the file is sorted by digit, 500 of each
+    train = position < SAMPLE_TRAIN_PER_DIGIT
+    return Mnist(_normalised(images[train], labels[train]), _normalised(images[~train], labels[~train]), "sample")
+
+
+def _load_full(root: Path) -> Mnist:
+    from torchvision.datasets import MNIST  # slow to import, and only needed here
+
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision offers no time limit of its own
+    try:
+        parts = [MNIST(root, train=train, download=not _is_complete(root)) for train in (True, False)]
+    except (RuntimeError, OSError, ValueError) as error:
+        raise RuntimeError(
+            f"The full MNIST is not in {root} and could not be fetched: {error}\n"
+            "Go on without a network: load_mnist('sample'), or unset LORA_MNIST. If you have the "
+            "files, pass root=FOLDER or set LORA_MNIST_ROOT to the folder that holds MNIST/raw."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(previous)
+    train, test = (_normalised(part.data, part.targets) for part in parts)
+    return Mnist(train, test, "full")
+
+
+def _is_complete(root: Path) -> bool:
+    names = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    return all((root / "MNIST" / "raw" / name).is_file() for name in names)

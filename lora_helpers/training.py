@@ -1,0 +1,170 @@
+"""Training, testing, and the pre-trained base that every notebook starts from."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+from tqdm.auto import tqdm
+
+from lora_helpers.cache import load_tensors, save_tensors
+from lora_helpers.data import Mnist, as_tensors
+from lora_helpers.model import RichBoyNet
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Answers of a network on a dataset.
+
+    Attributes:
+        confusion: int64, 10×10; row = the true digit, column = the network's answer.
+        predictions: int64, N; the answers, in the dataset's order.
+    """
+
+    confusion: torch.Tensor
+    predictions: torch.Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return self.confusion.trace().item() / self.confusion.sum().item()
+
+    @property
+    def wrong_counts(self) -> list[int]:
+        """For each digit 0 to 9, how many of its images were answered wrongly."""
+        return (self.confusion.sum(dim=1) - self.confusion.diagonal()).tolist()
+
+    @property
+    def recall(self) -> torch.Tensor:
+        """Of the images of each digit, the share called so: float32, 10."""
+        return self.confusion.diagonal() / self.confusion.sum(dim=1).clamp(min=1)
+
+    @property
+    def precision(self) -> torch.Tensor:
+        """Of the images called each digit, the share that are: float32, 10."""
+        return self.confusion.diagonal() / self.confusion.sum(dim=0).clamp(min=1)
+
+    def __repr__(self) -> str:
+        return f"Evaluation(accuracy={self.accuracy:.3f}, wrong_counts={self.wrong_counts})"
+
+
+def train(
+    net: nn.Module,
+    dataset: TensorDataset,
+    *,
+    epochs: int = 1,
+    max_batches: int | None = None,
+    batch_size: int = 10,
+    lr: float = 1e-3,
+    seed: int | None = None,
+    progress: bool = True,
+) -> list[float]:
+    """Trains the trainable parameters of `net` with Adam on cross-entropy, in shuffled batches.
+
+    Args:
+        epochs: passes over `dataset`, each in a new order.
+        max_batches: if given, exactly so many batches, whatever `epochs` says; a smaller
+            dataset is gone round again.
+        seed: of the order of the images; None draws one from PyTorch's global random stream.
+        progress: shows a tqdm bar with the running mean loss.
+
+    Returns:
+        The loss of each batch.
+
+    Raises:
+        ValueError: a number out of range, an empty dataset, or nothing to train.
+        TypeError: `dataset` is no `TensorDataset` of images and labels.
+
+    Source: Adam, https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html
+    """
+    images, labels = as_tensors(dataset)
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("max_batches", max_batches)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr is {lr!r}; it must be a positive, finite number.")
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("Nothing to train: every parameter is frozen. Add LoRA, or set requires_grad.")
+
+    device = trainable[0].device
+    images, labels = images.to(device), labels.to(device)
+    steps = max_batches or epochs * -(-len(labels) // batch_size)
+    optimizer = torch.optim.Adam(trainable, lr=lr, fused=True)
+    losses = torch.zeros(steps, device=device)
+    net.train()
+    with tqdm(total=steps, disable=not progress, unit="batch") as bar:
+        for step, batch in zip(range(steps), _batches(len(labels), batch_size, seed)):
+            batch = batch.to(device)
+            loss = F.cross_entropy(net(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[step] = loss.detach()
+            if progress and (step + 1) % 50 == 0:  # reading a loss makes the device wait
+                bar.set_postfix(loss=f"{losses[: step + 1].mean().item():.3f}", refresh=False)
+            bar.update()
+    return losses.tolist()
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, dataset: TensorDataset) -> Evaluation:
+    """Tests `net` on `dataset`: no gradients, evaluation mode, no shuffling, the mode restored.
+
+    Raises:
+        ValueError: the dataset is empty or a label is not 0 to 9.
+        TypeError: `dataset` is no `TensorDataset` of images and labels.
+    """
+    images, labels = as_tensors(dataset)
+    device = next(net.parameters()).device
+    was_training = net.training
+    net.eval()
+    try:
+        predictions = torch.cat([net(part.to(device)).argmax(dim=1).cpu() for part in images.split(5000)])
+    finally:
+        net.train(was_training)
+    pairs = labels.cpu() * 10 + predictions
+    return Evaluation(torch.bincount(pairs, minlength=100).reshape(10, 10), predictions)
+
+
+def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> RichBoyNet:
+    """A `RichBoyNet` trained on `mnist`, from the cache; trained and cached where it is missing.
+
+    The recipe: Adam, learning rate 0.001, batches of 10, `mnist.pretraining_epochs` passes.
+    The cache is keyed by recipe, data, seed and PyTorch's version.
+    PyTorch's global random stream is left as it was.
+    """
+    name = f"base-{mnist.source}-{_fingerprint(mnist.train, mnist.pretraining_epochs, seed)}"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = RichBoyNet()
+    state = load_tensors(name)
+    if state is None or not _fits(net, state):
+        train(net, mnist.train, epochs=mnist.pretraining_epochs, seed=seed, progress=progress)
+        save_tensors(name, net.state_dict())
+    else:
+        net.load_state_dict(state)
+    return net
+
+
+def _batches(size: int, batch_size: int, seed: int | None):
+    """Indices of shuffled batches, pass after pass without end; a pass may end in a smaller batch."""
+    generator = torch.Generator()
+    generator.manual_seed(torch.randint(2**31, ()).item() if seed is None else seed)
+    while True:
+        yield from torch.randperm(size, generator=generator).split(batch_size)
+
+
+def _fits(net: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    expected = {name: (t.shape, t.dtype) for name, t in net.state_dict().items()}
+    found = {name: (t.shape, t.dtype) for name, t in state.items()}
+    return found == expected and all(t.isfinite().all() for t in state.values())
+
+
+def _fingerprint(dataset: TensorDataset, epochs: int, seed: int) -> str:
+    digest = hashlib.blake2b(f"RichBoyNet Adam 0.001 10 {epochs} {seed} {torch.__version__}".encode(), digest_size=8)
+    for tensor in dataset.tensors:
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
