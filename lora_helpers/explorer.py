@@ -6,18 +6,16 @@ Three parts: `fine_tune` computes, `render` draws, `LoRAExplorer` is the thin wi
 import base64
 import copy
 import html
-import io
 from dataclasses import dataclass
 from threading import Lock
 
 import ipywidgets as widgets
 import torch
-from matplotlib.figure import Figure
 
 from lora_helpers.data import Mnist, only_digit
-from lora_helpers.lora import add_lora, count_parameters, freeze_base, lora_disabled
+from lora_helpers.lora import add_lora, count_parameters, freeze_base, lora_disabled, lora_layers
 from lora_helpers.model import RichBoyNet
-from lora_helpers.plots import plot_wrong_counts
+from lora_helpers.plots import Picture, plot_wrong_counts
 from lora_helpers.training import Evaluation, evaluate, train
 
 
@@ -33,6 +31,7 @@ class FineTuning:
     off: Evaluation
     on: Evaluation
     trainable: int
+    norms: dict[str, float]  # Frobenius norm of ΔW, by layer
 
 
 def fine_tune(
@@ -46,7 +45,8 @@ def fine_tune(
     on = evaluate(net, mnist.test)
     with lora_disabled(net):
         off = evaluate(net, mnist.test)
-    return FineTuning(rank, alpha, digit, batches, seed, off, on, count_parameters(net).trainable)
+    norms = {name: adapters[0].delta.norm().item() for name, adapters in lora_layers(net).items()}
+    return FineTuning(rank, alpha, digit, batches, seed, off, on, count_parameters(net).trainable, norms)
 
 
 def summarise(result: FineTuning, enabled: bool) -> str:
@@ -60,7 +60,7 @@ def summarise(result: FineTuning, enabled: bool) -> str:
     )
 
 
-def render(result: FineTuning, enabled: bool) -> Figure:
+def render(result: FineTuning, enabled: bool) -> Picture:
     """Wrong answers per digit of the base beside those of the network as it is switched now."""
     return plot_wrong_counts(result.off, result.on if enabled else result.off, labels=("base", f"LoRA {'on' if enabled else 'off'}"))
 
@@ -100,7 +100,7 @@ class LoRAExplorer(widgets.VBox):
                     self._memory[rank] = fine_tune(self._base, self._mnist, rank=rank, **self._settings)
                 self.result = self._memory[rank]
                 self.summary = summarise(self.result, enabled)
-                self._png = _png(render(self.result, enabled))
+                self._png = render(self.result, enabled).png()
                 self._text.value = f"<output>{html.escape(self.summary)}</output>"
                 data = base64.b64encode(self._png).decode()
                 self._picture.value = f'<img alt="{html.escape(self.summary)}" src="data:image/png;base64,{data}" style="max-width: 100%">'
@@ -118,9 +118,3 @@ class LoRAExplorer(widgets.VBox):
         data["text/plain"] = repr(self)
         data["image/png"] = base64.b64encode(self._png).decode()
         return data, {"image/png": {"alt": self.summary}}
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()

@@ -1,4 +1,7 @@
-"""Pictures. Each function returns a matplotlib `Figure` made without pyplot, so that nothing is drawn twice."""
+"""Pictures. Each function returns a `Picture`, a matplotlib figure made without pyplot, so that nothing is drawn twice."""
+
+import base64
+import io
 
 import torch
 from matplotlib.figure import Figure
@@ -11,23 +14,41 @@ from lora_helpers.training import Evaluation
 BEFORE, AFTER = "#0072B2", "#E69F00"
 
 
-def show_digits(dataset: TensorDataset, indices=None, titles=None) -> Figure:
+class Picture(Figure):
+    """A matplotlib figure that a notebook shows by itself, with a text alternative for those who cannot see it."""
+
+    def __init__(self, alt: str, **kwargs):
+        super().__init__(layout="constrained", **kwargs)
+        self.alt = alt
+
+    def png(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+    def _repr_mimebundle_(self, **kwargs):
+        data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt}
+        return data, {"image/png": {"alt": self.alt}}
+
+
+def show_digits(dataset: TensorDataset, indices=None, titles=None) -> Picture:
     """A row of digits. `indices`: which images (default: the first of each label)."""
     images, labels = as_tensors(dataset)
     if indices is None:
         indices = [(labels == digit).nonzero()[0].item() for digit in labels.unique().tolist()]
-    figure = Figure(figsize=(max(1.1 * len(indices), 2), 1.5), layout="constrained")
+    names = titles or [str(labels[index].item()) for index in indices]
+    figure = Picture(f"Digits: {', '.join(names)}", figsize=(max(1.1 * len(indices), 2), 1.5))
     for place, (axes, index) in enumerate(zip(figure.subplots(1, len(indices), squeeze=False)[0], indices)):
         axes.imshow(images[index].squeeze(), cmap="gray_r")
-        axes.set_title(titles[place] if titles else str(labels[index].item()), fontsize=10)
+        axes.set_title(names[place], fontsize=10)
         axes.axis("off")
     return figure
 
 
-def plot_losses(losses: list[float], window: int = 50) -> Figure:
+def plot_losses(losses: list[float], window: int = 50) -> Picture:
     """The loss of each batch (nats), and its running mean over `window` batches."""
     values = torch.tensor(losses)
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    figure = Picture(f"Loss of {len(losses)} batches, from {losses[0]:.2f} to {losses[-1]:.2f}", figsize=(7, 2.6))
     axes = figure.subplots()
     axes.plot(values, color="0.75", linewidth=0.7, label="each batch")
     if len(values) > window:
@@ -37,10 +58,10 @@ def plot_losses(losses: list[float], window: int = 50) -> Figure:
     return figure
 
 
-def plot_confusion(result: Evaluation) -> Figure:
+def plot_confusion(result: Evaluation) -> Picture:
     """What is mistaken for what: the right answers on the diagonal are left blank."""
     wrong = result.confusion.clone().fill_diagonal_(0)
-    figure = Figure(figsize=(4.8, 4.4), layout="constrained")
+    figure = Picture(f"Confusion matrix; wrong answers of digits 0 to 9: {result.wrong_counts}", figsize=(4.8, 4.4))
     axes = figure.subplots()
     axes.imshow(wrong, cmap="Blues")
     for true, row in enumerate(wrong.tolist()):
@@ -51,9 +72,10 @@ def plot_confusion(result: Evaluation) -> Figure:
     return figure
 
 
-def plot_wrong_counts(before: Evaluation, after: Evaluation, labels=("LoRA off", "LoRA on")) -> Figure:
+def plot_wrong_counts(before: Evaluation, after: Evaluation, labels=("LoRA off", "LoRA on")) -> Picture:
     """Wrong answers per digit, before beside after, the change written above."""
-    figure = Figure(figsize=(7.5, 3), layout="constrained")
+    alt = f"Wrong answers of digits 0 to 9: {labels[0]} {before.wrong_counts}, {labels[1]} {after.wrong_counts}"
+    figure = Picture(alt, figsize=(7.5, 3))
     axes = figure.subplots()
     top = max(before.wrong_counts + after.wrong_counts + [1])
     for shift, result, color, hatch, label in ((-0.2, before, BEFORE, "", labels[0]), (0.2, after, AFTER, "//", labels[1])):
