@@ -1,52 +1,48 @@
 """The chores behind the LoRA notebooks.
 
-cache → data → model → lora → training → plots → explorer: each module imports only from those before it.
+cache → data → model → lora → factorisation → training → plots → explorer: each module imports only from those before it.
 """
 
-from lora_helpers.cache import cache_folder
-from lora_helpers.data import Mnist, load_mnist, only_digit
-from lora_helpers.explorer import FineTuning, LoRAExplorer, fine_tune
-from lora_helpers.lora import (
-    LoRAParametrization,
-    ParameterCount,
-    add_lora,
-    count_parameters,
-    freeze_base,
-    lora_disabled,
-    lora_layers,
-    merge_lora,
-    remove_lora,
-    set_lora_enabled,
-)
-from lora_helpers.model import RichBoyNet
-from lora_helpers.plots import plot_confusion, plot_losses, plot_wrong_counts, show_digits
-from lora_helpers.training import Evaluation, evaluate, pretrained_base, train
+import importlib
 
-__all__ = [
-    "Evaluation",
-    "FineTuning",
-    "LoRAExplorer",
-    "LoRAParametrization",
-    "Mnist",
-    "ParameterCount",
-    "RichBoyNet",
-    "add_lora",
-    "cache_folder",
-    "count_parameters",
-    "evaluate",
-    "fine_tune",
-    "freeze_base",
-    "load_mnist",
-    "lora_disabled",
-    "lora_layers",
-    "merge_lora",
-    "only_digit",
-    "plot_confusion",
-    "plot_losses",
-    "plot_wrong_counts",
-    "pretrained_base",
-    "remove_lora",
-    "set_lora_enabled",
-    "show_digits",
-    "train",
-]
+# Looked up on first use: pictures and widgets take a second to import, which a script that only trains need not wait.
+_MODULE_OF = {
+    "cache_folder": "cache",
+    "Mnist": "data",
+    "load_mnist": "data",
+    "only_digit": "data",
+    "RichBoyNet": "model",
+    "LoRAParametrization": "lora",
+    "ParameterCount": "lora",
+    "add_lora": "lora",
+    "count_parameters": "lora",
+    "freeze_base": "lora",
+    "lora_disabled": "lora",
+    "lora_layers": "lora",
+    "merge_lora": "lora",
+    "remove_lora": "lora",
+    "set_lora_enabled": "lora",
+    "factorised": "factorisation",
+    "Evaluation": "training",
+    "evaluate": "training",
+    "pretrained_base": "training",
+    "train": "training",
+    "plot_confusion": "plots",
+    "plot_losses": "plots",
+    "plot_wrong_counts": "plots",
+    "show_digits": "plots",
+    "FineTuning": "explorer",
+    "LoRAExplorer": "explorer",
+    "fine_tune": "explorer",
+}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

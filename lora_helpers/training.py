@@ -1,6 +1,7 @@
 """Training, testing, and the pre-trained base that every notebook starts from."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 
 from lora_helpers.cache import load_tensors, save_tensors
 from lora_helpers.data import Mnist, as_tensors
+from lora_helpers.factorisation import factorised
 from lora_helpers.model import RichBoyNet
 
 
@@ -60,8 +62,11 @@ def train(
     lr: float = 1e-3,
     seed: int | None = None,
     progress: bool = True,
+    after_batch: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Trains the trainable parameters of `net` with Adam on cross-entropy, in shuffled batches.
+
+    LoRA is computed in its factorised form (see `factorised`), which is faster and changes only rounding.
 
     Args:
         epochs: passes over `dataset`, each in a new order.
@@ -69,6 +74,7 @@ def train(
             dataset is gone round again.
         seed: of the order of the images; None draws one from PyTorch's global random stream.
         progress: shows a tqdm bar with the running mean loss.
+        after_batch: called after each batch with the number of batches done, from 1.
 
     Returns:
         The loss of each batch.
@@ -95,7 +101,7 @@ def train(
     optimizer = torch.optim.Adam(trainable, lr=lr, fused=True)
     losses = torch.zeros(steps, device=device)
     net.train()
-    with tqdm(total=steps, disable=not progress, unit="batch") as bar:
+    with factorised(net), tqdm(total=steps, disable=not progress, unit="batch") as bar:
         for step, batch in zip(range(steps), _batches(len(labels), batch_size, seed)):
             batch = batch.to(device)
             loss = F.cross_entropy(net(images[batch]), labels[batch])
@@ -106,6 +112,8 @@ def train(
             if progress and (step + 1) % 50 == 0:  # reading a loss makes the device wait
                 bar.set_postfix(loss=f"{losses[: step + 1].mean().item():.3f}", refresh=False)
             bar.update()
+            if after_batch:
+                after_batch(step + 1)
     return losses.tolist()
 
 
