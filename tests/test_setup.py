@@ -1,0 +1,64 @@
+"""What a fresh machine relies on: the set-up files agree, and the stored notebooks are whole."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+import lora_helpers
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_conda_and_pip_install_the_same():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = next(entry["pip"] for entry in environment if isinstance(entry, dict))
+    assert sorted(pip) == sorted([*project["dependencies"], "-e ."])
+    assert f"python{project['requires-python']}" in environment
+
+
+def test_the_readme_has_the_commands_that_ci_runs():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    command = ci.strip().splitlines()[-1]
+    assert command.endswith("pytest") and f"`{command}`" in readme
+    assert f"`{command.replace('pytest', 'jupyter lab notebooks')}`" in readme
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in lora_helpers.__all__:
+        assert getattr(lora_helpers, name).__doc__, name
+
+
+def test_nothing_else_is_at_the_top():
+    allowed = {"notebooks", "lora_helpers", "tests", "environment.yml", "README.md", "pyproject.toml", "LICENSE"}
+    hidden_or_made = {"uv.lock", "dist", "build"}
+    assert {p.name for p in ROOT.iterdir() if not p.name.startswith(".")} - hidden_or_made == allowed
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_notebook_was_run_in_order_and_carries_nothing_of_one_machine(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.stat().st_size < 1_000_000
+    assert notebook.metadata == {
+        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags", "slideshow"}, cell.id
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error" and output.get("name") != "stderr", cell.id
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), cell.id
+    assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text())
+
+
+def test_the_notebooks_are_numbered_without_a_gap():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{n}_" for n in range(1, len(NOTEBOOKS) + 1)]
+    assert len(NOTEBOOKS) >= 4
