@@ -1,0 +1,206 @@
+"""Notebook 4, Digit-9 fine-tuning: its exercises and its quiz."""
+
+import torch
+from torch.utils.data import TensorDataset
+
+from lora_helpers.course.exercise import Uncheckable, Wrong, call, compare, exercise, same
+from lora_helpers.data import Mnist
+from lora_helpers.lora import add_lora, lora_layers
+from lora_helpers.model import RichBoyNet
+from lora_helpers.training import Evaluation, evaluate
+
+
+@exercise(
+    hints=(
+        "Go through `net.named_parameters()`, skip A and B, and compare each with its copy.",
+        "The copy's name has no `parametrizations.weight.original` in it, but `weight`.",
+        "Equal to the bit: `torch.equal`. And return True only after the *last* comparison.",
+    ),
+    solution="""
+        def unchanged(net, copies):
+            base = {name: p for name, p in net.named_parameters() if "lora_" not in name}
+            return all(torch.equal(p, copies[name.replace("parametrizations.weight.original", "weight")])
+                       for name, p in base.items())
+    """,
+    reason="Every base parameter, biases too, compared bit for bit; `all` says True only if each one agrees.",
+)
+def unchanged(proof):
+    """Is every base parameter what it was?"""
+
+    def verdict(change) -> bool:
+        net = RichBoyNet(6, 5)
+        copies = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+        add_lora(net)
+        with torch.no_grad():
+            change(net)
+        given = call(proof, net, copies)
+        if not isinstance(given, (bool, torch.Tensor)) or (isinstance(given, torch.Tensor) and given.numel() != 1):
+            raise Uncheckable(f"True or False is asked for; this is a {type(given).__name__}.")
+        return bool(given)
+
+    def original(layer) -> torch.Tensor:
+        return layer.parametrizations.weight.original
+
+    if not verdict(lambda net: [adapter.lora_B.fill_(1) for adapters in lora_layers(net).values() for adapter in adapters]):
+        raise Wrong(
+            "the computed weight compared",
+            "Only A and B had moved, and you say that the base changed. `layer.weight` is the *computed* weight; the base is `.original`.",
+        )
+    if verdict(lambda net: [p.add_(1) for p in net.parameters()]):
+        raise Wrong("a proof that cannot fail", "Every parameter had been changed, and you still say that nothing moved.")
+    if verdict(lambda net: net.linear2.bias.add_(1)):
+        raise Wrong("biases not checked", "A bias had moved, and the proof did not see it.")
+    for name in ("linear1", "linear2", "linear3"):
+        if verdict(lambda net, name=name: original(net.get_submodule(name)).add_(1)):
+            raise Wrong("not every layer checked", f"The weight of {name} had moved. Is there a `return` inside the loop?")
+    if verdict(lambda net: original(net.linear2)[0, 0].mul_(1 + 1e-6)):
+        raise Wrong("nearly equal taken for equal", "One weight had moved by a millionth. `allclose` forgives that; a proof to the bit does not.")
+    if verdict(lambda net: original(net.linear3).copy_(original(net.linear3).flip(0))):
+        raise Wrong("differences that cancel", "Compare the numbers, not their sum.")
+    return "It sees a moved bias, a moved layer and a single moved bit, and is not fooled by A and B."
+
+
+@exercise(
+    hints=(
+        "Recall: of all images that *are* the digit (its row). Precision: of all that are *called* it (its column).",
+        "Both have the same number on top: `confusion[digit, digit]`.",
+    ),
+    solution="""
+        def recall_and_precision(confusion, digit):
+            right = confusion[digit, digit]
+            return right / confusion[digit].sum(), right / confusion[:, digit].sum()
+    """,
+    reason="The same right answers, shared out once over the row (the digit's images) and once over the column (the calls).",
+)
+def recall_and_precision(shares):
+    """Recall and precision of a digit, as two shares."""
+    confusion = torch.randint(0, 9, (10, 10)) + 30 * torch.eye(10, dtype=torch.int64)
+    confusion[:9, 9] += 5
+    right, row, column = confusion[9, 9].item(), confusion[9].sum().item(), confusion[:, 9].sum().item()
+    given = call(shares, confusion.clone(), 9)
+    if isinstance(given, dict):
+        given = list(given.values())
+    if not isinstance(given, (tuple, list, torch.Tensor)) or len(given) != 2:
+        raise Uncheckable("Two numbers are asked for: recall, precision.")
+    compare(
+        [float(part) for part in given],
+        [right / row, right / column],
+        {
+            "recall and precision swapped": (
+                [right / column, right / row],
+                "Rows are what the images *are*, columns what they are *called*. Recall goes with the row.",
+            ),
+            "recall twice": ([right / row, right / row], "Your second number is recall again. Precision asks about the column."),
+            "shares of wrong answers": ([1 - right / row, 1 - right / column], "Those are the shares that are wrong."),
+            "percent, not shares": ([100 * right / row, 100 * right / column], "Right in percent; shares from 0 to 1 are asked for."),
+            "shares of all images": (
+                [right / confusion.sum().item()] * 2, "You divide by all images; divide by the row for recall, by the column for precision."
+            ),
+        },
+        "Take one digit of the matrix above and work it out by hand.",
+    )  # fmt: skip
+    return "A network that calls everything a 9 has recall 1 and precision about 0.1. Recall alone would praise it."
+
+
+_BEFORE = [12, 30, 44, 106, 28, 21, 32, 37, 9, 128]  # the published run, on MNIST's 10,000 test images
+_AFTER = [21, 33, 59, 145, 137, 29, 63, 63, 23, 14]
+
+
+@exercise(
+    hints=(
+        "Add up all ten numbers after, and all ten before.",
+        "sum(after) - sum(before): the nine's gain is in it, and so is what the others lost.",
+    ),
+    solution="more_wrong = sum(published_after) - sum(published_before)",
+    reason="447 wrong answers before, 587 after: nine's errors fell by 114, and the others' rose by 254.",
+)
+def bill(more_wrong):
+    """How many more answers are wrong, over all ten digits, after the published fine-tuning?"""
+    gain, loss = _AFTER[9] - _BEFORE[9], sum(_AFTER[:9]) - sum(_BEFORE[:9])
+    compare(
+        more_wrong,
+        gain + loss,
+        {
+            "only the nine looked at": (gain, "That is what the nine gained. The other nine digits paid for it: put them on the bill."),
+            "the nine's gain as a positive number": (-gain, "That is what the nine gained; what did the others lose?"),
+            "the gain left out": (loss, "That is what the others lost; the nine's gain comes off it."),
+            "before and after swapped": (-gain - loss, "The sign is the other way round: fine-tuning made *more* answers wrong."),
+            "answers after, not the change": (sum(_AFTER), "That is how many are wrong after; take those before away."),
+        },
+        "Ten numbers before, ten after: add each up.",
+    )
+    return "140 more wrong of 10,000: accuracy fell from 0.955 to 0.941. “Performance is maintained” would be untrue."
+
+
+@exercise(
+    hints=(
+        "Adam keeps, for every parameter it trains, a running mean of the gradient and one of its square.",
+        "How many parameters are trained with LoRA at rank 1?",
+    ),
+    solution="adam_numbers = 2 * 6_794",
+    reason="Two running means for each trained parameter. Full fine-tuning keeps 2 × 2,807,010 = 5,614,020.",
+)
+def adam_memory(kept):
+    """How many numbers Adam keeps in memory while rank-1 LoRA is trained."""
+    compare(
+        kept,
+        13_588,
+        {
+            "one for each parameter": (6_794, "That is how many are trained; Adam keeps *two* running means of each gradient."),
+            "frozen parameters counted": (2 * 2_813_804, "Adam keeps nothing for what it does not train: the base is frozen."),
+            "the whole network": (2_813_804, "Those are all parameters; Adam keeps numbers only for the trained ones."),
+            "full fine-tuning": (2 * 2_807_010, "That is what *full* fine-tuning needs."),
+            "the gradient counted too": (3 * 6_794, "The gradient is needed as well, but it is not part of Adam's memory."),
+        },
+        "Count the trained parameters first; the cell after freezing printed them.",
+    )
+    return "That, and one stored adapter of 6,794 numbers for each task, is what LoRA saves. The network itself grew."
+
+
+@exercise(
+    hints=(
+        "Three things are wrong: what is trained, on which images, and where it is tested.",
+        "Is there a line that freezes the base? Is the comparison `!= 9` what you want?",
+        "An honest test uses `mnist.test`.",
+    ),
+    solution="""
+        def teach_nine(net, mnist):
+            freeze_base(add_lora(net, rank=1))
+            train(net, only_digit(mnist.train, 9), max_batches=30, progress=False)
+            return evaluate(net, mnist.test)
+    """,
+    reason="Freeze what is not LoRA, train on nines alone, and test on images that training never saw.",
+)
+def experiment(teach):
+    """Repair the experiment: only A and B learn, only from nines, tested on unseen images."""
+    net = RichBoyNet(16, 12)
+    base = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    labels = torch.arange(60) % 10
+    images = torch.randn(60, 1, 28, 28)
+    poisoned = torch.where((labels == 9).reshape(-1, 1, 1, 1), images, torch.nan)  # any other digit ruins what trains on it
+    test = TensorDataset(torch.randn(40, 1, 28, 28), torch.arange(40) % 10)
+    before = evaluate(net, test)
+    given = call(teach, net, Mnist(TensorDataset(poisoned, labels), test, "sample"))
+    if not isinstance(given, Evaluation):
+        raise Uncheckable(f"Return what `evaluate` gives; this is a {type(given).__name__}.")
+    parameters = dict(net.named_parameters())
+    if not any("lora_" in name for name in parameters):
+        raise Wrong("no LoRA", "After your function the network has no A and B: add LoRA, and leave it there.")
+    if not all(parameter.isfinite().all() for parameter in parameters.values()):
+        raise Wrong(
+            "trained on other digits",
+            "The check had spoiled every training image that is not a 9, and it shows in your weights: which images does your mask keep?",
+        )
+    for name, value in base.items():
+        if not torch.equal(parameters.get(name, parameters.get(name.replace("weight", "parametrizations.weight.original"))), value):
+            raise Wrong("base not frozen", f"{name} moved. Everything but A and B should be frozen before training.")
+    adapters = [adapter for found in lora_layers(net).values() for adapter in found]
+    if not any(adapter.lora_B.any() for adapter in adapters):
+        raise Wrong("nothing was trained", "Every B is still zero. Were A and B frozen too, or the optimiser made before they were?")
+    if len(given.predictions) == len(labels):
+        raise Wrong("tested on the training set", "The figures come from the images it was trained on; an honest test uses `mnist.test`.")
+    if len(given.predictions) != len(test):
+        raise Wrong(None, f"The test has {len(test)} images; yours was made on {len(given.predictions)}.")
+    if same(given.confusion, before.confusion) and not same(evaluate(net, test).confusion, before.confusion):
+        raise Wrong("tested with LoRA off, or too early", "Your figures are the base's: test after training, with LoRA on.")
+    return "Only A and B learned, only from nines, and the figures come from unseen images."

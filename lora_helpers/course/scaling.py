@@ -1,0 +1,204 @@
+"""Notebook 2, The α/r scaling math: its exercises and its quiz."""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor
+
+
+@exercise(
+    hints=(
+        "How many rows and columns has A? And B?",
+        "A is r × in_features, B is out_features × r. Both are stored, one beside the other.",
+    ),
+    solution="""
+        def lora_parameters(in_features, out_features, rank):
+            return rank * (in_features + out_features)
+    """,
+    reason="A holds r·in numbers and B holds out·r; they are stored side by side, so they add.",
+)
+def lora_parameters(count):
+    """How many numbers do A and B hold at rank r?"""
+    for n_in, n_out, r in ((7, 5, 3), (784, 1000, 4)):
+        compare(
+            call(count, n_in, n_out, r),
+            r * (n_in + n_out),
+            {
+                "the product, not the factors": (n_in * n_out, "That is the size of BA, which is never stored. Count A and B themselves."),
+                "multiplied where it adds": (r * n_in * n_out, "A and B stand side by side: their numbers add."),
+                "A alone": (r * n_in, "B is stored too."),
+                "B alone": (r * n_out, "A is stored too."),
+                "rank forgotten": (n_in + n_out, "Right at rank 1. How many rows has A at rank r?"),
+                "rank squared": (r * r * (n_in + n_out), "Only one side of each matrix is r."),
+                "a bias counted": (
+                    r * (n_in + n_out) + n_out, "LoRA here adapts the weight alone; A and B have no bias."
+                ),
+            },
+            f"Write down the shapes of A and B for in = {n_in}, out = {n_out}, r = {r}.",
+        )  # fmt: skip
+    return "It grows with the *sum* of the sides; the full matrix grows with their product."
+
+
+@exercise(
+    hints=(
+        "Set the size of the adapter equal to the size of the weight, and solve for r.",
+        "r = 784·1000 / (784 + 1000) = 439.46…; which whole rank is the first beyond it?",
+    ),
+    solution="first_rank_that_does_not_pay = 440",
+    reason="At 439 the adapter still has fewer numbers than the weight (783,176 of 784,000), at 440 it has more (784,960).",
+)
+def break_even(rank):
+    """The first whole rank at which the adapter of linear1 (784 → 1000) has more numbers than its weight."""
+    compare(
+        rank,
+        440,
+        {
+            "the full rank": (784, "784 is the highest rank that ΔW can have. Long before it, A and B together outgrow the weight."),
+            "one too low": (439, "At 439 the adapter is still a little smaller than the weight; the first that does *not* pay is asked for."),
+            "not a whole rank": (784_000 / 1784, "There is no rank between two whole numbers."),
+            "half the mean side": (892 / 2, "Nearly: the break-even rank is in·out/(in + out), which is half the mean only for a square."),
+        },
+        "Compare r·(784 + 1000) with 784·1000.",
+    )
+    return "For a square d × d weight it is d/2. Anyone who uses rank 8 or 16 is far below it."
+
+
+@exercise(
+    hints=(
+        "Which of B @ A and A @ B has the shape of the weight, (out_features, in_features)?",
+        "The scale is the constant α shared out over r directions.",
+        "(alpha / rank) * (B @ A)",
+    ),
+    solution="""
+        def update(A, B, alpha, rank):
+            return (alpha / rank) * (B @ A)
+    """,
+    reason="B (out × r) times A (r × in) has the weight's shape, and α/r is LoRA's scale (section 4.1).",
+)
+def update(delta):
+    """ΔW from A, B, α and r."""
+    A, B, alpha, rank = torch.randn(2, 5), torch.randn(4, 2), 6, 2
+    try:
+        given = call(delta, A.clone(), B.clone(), alpha, rank)
+    except LearnerError as error:
+        if "shapes cannot be multiplied" in str(error.error):
+            raise Wrong(
+                "A and B swapped", "The inner sides must meet: A is r × in and B is out × r, so only one order gives out × in."
+            ) from None
+        raise
+    return _judge_update(given, B @ A, alpha, rank)
+
+
+def _judge_update(given, product: torch.Tensor, alpha: float, rank: int) -> str:
+    if tuple(need_tensor(given, "ΔW").shape) == tuple(product.T.shape) != tuple(product.shape):
+        raise Wrong("transposed", "A weight is (out_features, in_features); yours is the other way round.")
+    compare(
+        given,
+        (alpha / rank) * product,
+        {
+            "α·r for α/r": (alpha * rank * product, "Your update grows with the rank; α is *shared out* over the r directions."),
+            "r/α for α/r": (rank / alpha * product, "The fraction is upside down: with a larger α the update should be larger."),
+            "scale forgotten": (product, "BA is right; the scale α/r is missing."),
+            "α for α/r": (alpha * product, "The scale is α instead of α/r: a real library shipped this, and its adapters were unusable."),
+            "1/r for α/r": (product / rank, "You divide by r but leave α out."),
+            "α/√r for α/r": (alpha / math.sqrt(rank) * product, "That is rsLoRA's scale; asked is the original paper's."),
+        },
+        f"For α = {alpha} and r = {rank}, compare with (α/r)·BA worked out by hand.",
+    )
+    return "Its shape is the weight's, its rank at most r."
+
+
+_WHY = {
+    "a": "Because ΔW is zero, the loss does not change.",
+    "b": "Because the gradient of each has the other as a factor.",
+    "c": "Because Adam divides by the size of the gradient.",
+    "d": "Because the learning rate is too small for zeros.",
+}
+
+
+@exercise(
+    hints=(
+        "Two tensors, A of shape (2, 5) and B of shape (4, 2). In the table above, which row learned nothing?",
+        "Does a start with only B = 0 learn? Then 'ΔW is zero' cannot be the reason.",
+    ),
+    solution="""
+        A, B = torch.zeros(2, 5), torch.zeros(4, 2)
+        why = "b"
+    """,
+    reason="dL/dB = s·G·Aᵀ and dL/dA = s·Bᵀ·G: with both zero, both gradients are zero, at the first step and at every later one.",
+)
+def dead_start(A, B, why):
+    """A start from which LoRA never learns anything, and the reason."""
+    A, B = (need_tensor(part, name).detach().clone().float() for part, name in ((A, "A"), (B, "B")))
+    if A.shape != (2, 5) or B.shape != (4, 2):
+        swapped = A.shape == (4, 2) and B.shape == (2, 5)
+        raise Wrong("A and B swapped" if swapped else None, f"A should be (2, 5) and B (4, 2); yours are {tuple(A.shape)} and {tuple(B.shape)}.")
+    start = [A.clone(), B.clone()]
+    A.requires_grad_(), B.requires_grad_()
+    optimizer = torch.optim.Adam([A, B], lr=0.1)
+    x, W = torch.randn(6, 5), torch.randn(4, 5)
+    for _ in range(20):
+        loss = F.cross_entropy(F.linear(x, W + B @ A), torch.arange(6) % 4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    moved = [not torch.equal(now, then) for now, then in zip((A, B), start)]
+    if any(moved):
+        if start[0].any() and not start[1].any():
+            raise Wrong("only B is zero", "That is LoRA's own start: B moved in the first step, A from the second. It learns.")
+        if start[1].any() and not start[0].any():
+            raise Wrong("only A is zero", "The mirror image of LoRA's start: A moved in the first step, B from the second. It learns.")
+        raise Wrong("nothing is zero", "Twenty steps moved it, and ΔW was not even zero at the start.")
+    if not isinstance(why, str) or why.strip().lower() not in _WHY:
+        raise Uncheckable(f"The start is dead, as asked. Now `why` should be one letter of {', '.join(_WHY)}.")
+    replies = {
+        "a": ("ΔW = 0 taken for the reason", "With B alone zero, ΔW is zero too, and yet it learns. Zero *now* does not mean zero slope."),
+        "c": ("the optimiser blamed", "Adam adds a small ε to avoid that, and SGD would stay put as well. Look at the gradients themselves."),
+        "d": ("the learning rate blamed", "No rate helps: any rate times a gradient of zero is zero."),
+    }
+    if why.strip().lower() in replies:
+        raise Wrong(*replies[why.strip().lower()])
+    return "Twenty steps of Adam moved nothing: each gradient waits for the other matrix."
+
+
+@exercise(
+    hints=(
+        "Print `ranks` and `alphas`: do the layers share them?",
+        "Each layer has its own α and its own r, so each has its own scale.",
+    ),
+    solution="""
+        def scales(ranks, alphas):
+            return {layer: alphas[layer] / ranks[layer] for layer in ranks}
+    """,
+    reason="The scale belongs to an adapter, not to a network. Looked up by name, it cannot depend on the order of the layers.",
+)
+def mixed_ranks(scales):
+    """The scale of each layer, where layers differ in rank and in α."""
+    ranks = {"linear1": 4, "linear2": 16, "linear3": 2}
+    alphas = {"linear3": 5, "linear2": 8, "linear1": 12}  # in another order, on purpose
+    given = call(scales, dict(ranks), dict(alphas))
+    if not isinstance(given, dict) or set(given) != set(ranks):
+        raise Uncheckable(f"A dictionary with one scale for each of {', '.join(ranks)} is asked for.")
+    as_list = [given[layer] for layer in ranks]
+    compare(
+        as_list,
+        [alphas[layer] / rank for layer, rank in ranks.items()],
+        {
+            "one α for all layers": ([12 / r for r in ranks.values()], "Your α is that of linear1 everywhere."),
+            "the first α for all layers": (
+                [5 / r for r in ranks.values()],
+                "You take the first α that comes, so the result depends on the order of the keys: a real library had this bug.",
+            ),
+            "one rank for all layers": ([alphas[layer] / 4 for layer in ranks], "Your r is that of linear1 everywhere."),
+            "matched by place, not by name": (
+                [a / r for a, r in zip(alphas.values(), ranks.values())],
+                "The two dictionaries are in different orders; look up each layer by its name.",
+            ),
+            "r/α for α/r": ([rank / alphas[layer] for layer, rank in ranks.items()], "The fraction is upside down."),
+            "α·r for α/r": ([rank * alphas[layer] for layer, rank in ranks.items()], "α is *shared out* over the r directions."),
+        },
+        "One scale for each layer is asked for: its own α divided by its own r.",
+    )
+    return "Each adapter carries its own scale, whatever the order of the layers."

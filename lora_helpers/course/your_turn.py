@@ -1,0 +1,160 @@
+"""Notebook 5, Your turn: its exercises and its quiz."""
+
+import torch
+
+from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor
+from lora_helpers.training import Evaluation
+
+PARAMETERS_PER_RANK = 6_794  # of A and B on the three layers of RichBoyNet
+
+
+@exercise(
+    hints=(
+        "At rank 1 the three adapters hold 6,794 numbers; at rank 2, twice as many.",
+        "Whole division, `//`, leaves no part of a rank over.",
+    ),
+    solution="""
+        def largest_rank(budget):
+            return budget // 6_794
+    """,
+    reason="Each rank costs 6,794 numbers on the three layers, so the budget holds as many ranks as fit whole.",
+)
+def largest_rank(rank_for):
+    """The largest rank on all three layers that a budget of trained parameters allows."""
+    for budget in (50_000, 13_588, 5_000):
+        ranks = budget // PARAMETERS_PER_RANK
+        compare(
+            call(rank_for, budget),
+            ranks,
+            {
+                "over the budget": (ranks + 1, f"With {budget:,} numbers, that rank costs {(ranks + 1) * PARAMETERS_PER_RANK:,}: round down."),
+                "not a whole rank": (budget / PARAMETERS_PER_RANK, "A rank is a whole number."),
+                "the base counted": ((budget - 2_807_010) // PARAMETERS_PER_RANK, "The base is frozen; the budget is for A and B."),
+                "only one layer counted": (budget // 1_784, "That is what linear1 alone would allow; three layers are adapted."),
+            },
+            f"With a budget of {budget:,}, count r·(in + out) over the three layers.",
+        )
+    return "And a budget below 6,794 allows no rank on all three layers; fewer layers might do."
+
+
+@exercise(
+    hints=(
+        "You need two recalls: of the digit, and the mean of the other nine.",
+        "A mean of the two gives 0.5 to a network that calls everything a 9. Which mean is 0 as soon as one of the two is 0?",
+        "The harmonic mean: 2·a·b / (a + b).",
+    ),
+    solution="""
+        def score(result, digit):
+            taught = result.recall[digit]
+            others = (result.recall.sum() - taught) / 9
+            return 2 * taught * others / (taught + others)
+    """,
+    reason="The harmonic mean is near the smaller of the two, so neither the digit nor the other nine can be sacrificed.",
+)
+def score(measure):
+    """A score from 0 to 1 that counts what was learned and what was kept."""
+    for digit in (9, 3):
+        confusion = torch.randint(0, 4, (10, 10)) + 20 * torch.eye(10, dtype=torch.int64)
+        confusion[:, digit] += 12
+        result = Evaluation(confusion, torch.zeros(0, dtype=torch.int64))
+        recall = result.recall
+        taught, others = recall[digit], (recall.sum() - recall[digit]) / 9
+        compare(
+            call(measure, result, digit),
+            2 * taught * others / (taught + others),
+            {
+                "only the taught digit": (taught, "A network that calls everything by that digit would score 1."),
+                "only what was kept": (others, "A network that learned nothing would score best."),
+                "accuracy": (
+                    result.accuracy, "Accuracy counts the taught digit as one in ten: hardly learning it would cost almost nothing."
+                ),
+                "a plain mean": ((taught + others) / 2, "A network that calls everything by that digit would still score 0.5."),
+                "precision for recall": (result.precision[digit], "That is the precision of the digit; the others are missing."),
+                "all ten recalled alike": (recall.mean(), "Here the taught digit counts no more than any other."),
+                "the digit counted among the others": (
+                    2 * taught * recall.mean() / (taught + recall.mean()), "The mean of the *other nine* must leave the digit out."
+                ),
+            },
+            "The harmonic mean of the digit's recall and the others' mean recall is asked for.",
+        )  # fmt: skip
+    return "It is 0 for a network that says one digit to everything, and falls with the worse of the two."
+
+
+@exercise(
+    hints=(
+        "(B₁B₂ side by side) times (A₁ above A₂): what does the product come to?",
+        "`torch.cat` along the rank: A has it as its rows (dim 0), B as its columns (dim 1).",
+    ),
+    solution="""
+        def add_adapters(A1, B1, A2, B2):
+            return torch.cat([A1, A2], dim=0), torch.cat([B1, B2], dim=1)
+    """,
+    reason="The product of the two stacks is B₁A₁ + B₂A₂. Its rank is up to r₁ + r₂, so no A and B of the old rank could hold it.",
+)
+def add_adapters(combine):
+    """One A and one B whose product is the sum of two adapters' products."""
+    A1, A2, B1, B2 = torch.randn(3, 6), torch.randn(3, 6), torch.randn(5, 3), torch.randn(5, 3)
+    wanted = B1 @ A1 + B2 @ A2
+    try:
+        given = call(combine, A1.clone(), B1.clone(), A2.clone(), B2.clone())
+    except LearnerError as error:
+        if "Sizes of tensors must match" in str(error.error):
+            raise Wrong("stacked along the wrong side", "The rank is A's rows and B's columns: stack along those.") from None
+        raise
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise Uncheckable("Two tensors are asked for: A, B.")
+    A, B = (need_tensor(part, name) for part, name in zip(given, "AB"))
+    if A.ndim != 2 or B.ndim != 2:
+        raise Uncheckable("A and B should be matrices.")
+    if A.shape == (3, 12) or B.shape == (10, 3):
+        raise Wrong("stacked along the wrong side", "The rank is A's rows and B's columns: stack along those.")
+    if B.shape[1] != A.shape[0]:
+        swapped = A.shape[1] == B.shape[0]
+        raise Wrong("A and B swapped" if swapped else None, f"B has {B.shape[1]} columns and A {A.shape[0]} rows; they must agree.")
+    compare(
+        B @ A,
+        wanted,
+        {
+            "A and B added apart": (
+                (B1 + B2) @ (A1 + A2),
+                "(B₁ + B₂)(A₁ + A₂) has two products too many, B₁A₂ and B₂A₁: adding the parts is not adding the updates.",
+            ),
+            "A and B averaged apart": (
+                (B1 + B2) / 2 @ ((A1 + A2) / 2), "Averaging the parts mixes each A with the other's B: that is neither adapter."
+            ),
+            "only one of them": (B1 @ A1, "The second adapter is missing."),
+            "halved": (wanted / 2, "That is the mean of the two; the sum is asked for."),
+        },
+        "B @ A should be B₁A₁ + B₂A₂.",
+    )  # fmt: skip
+    return "Two adapters of rank 3 need rank 6: that is the price of an exact sum."
+
+
+@exercise(
+    hints=(
+        "How many numbers does the adapter of rank r hold on the three layers?",
+        "A float32 takes four bytes.",
+    ),
+    solution="""
+        def adapter_bytes(rank):
+            return 4 * 6_794 * rank
+    """,
+    reason="6,794 numbers for each rank, four bytes for each number. The network itself takes 11,228,040 bytes, once for all tasks.",
+)
+def adapter_bytes(size):
+    """How many bytes the numbers of a rank-r adapter take on disk, in float32."""
+    for rank in (1, 8):
+        numbers = PARAMETERS_PER_RANK * rank
+        compare(
+            call(size, rank),
+            4 * numbers,
+            {
+                "numbers, not bytes": (numbers, "That is how many numbers; a float32 takes four bytes."),
+                "bits": (32 * numbers, "That is in bits; eight bits are a byte."),
+                "the whole network": (4 * (2_807_010 + numbers), "The base is not stored again for each adapter: that is the point."),
+                "rank forgotten": (4 * PARAMETERS_PER_RANK, "Right at rank 1; at rank 8?"),
+                "half precision": (2 * numbers, "Two bytes would be float16; these tensors are float32."),
+            },
+            "Count the numbers of A and B, then the bytes of each.",
+        )
+    return "Some 27 kB for each task at rank 1, beside 11 MB for a whole network."
