@@ -63,8 +63,9 @@ def train(
     seed: int | None = None,
     progress: bool = True,
     after_batch: Callable[[int], None] | None = None,
+    optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
 ) -> list[float]:
-    """Trains the trainable parameters of `net` with Adam on cross-entropy, in shuffled batches.
+    """Trains the trainable parameters of `net` on cross-entropy, in shuffled batches.
 
     LoRA is computed in its factorised form (see `factorised`), which is faster and changes only rounding.
 
@@ -75,6 +76,7 @@ def train(
         seed: of the order of the images; None draws one from PyTorch's global random stream.
         progress: shows a tqdm bar with the running mean loss.
         after_batch: called after each batch with the number of batches done, from 1.
+        optimizer_class: `torch.optim.Adam` or `SGD`, with PyTorch's defaults but for `lr`.
 
     Returns:
         The loss of each batch.
@@ -98,7 +100,7 @@ def train(
     device = trainable[0].device
     images, labels = images.to(device), labels.to(device)
     steps = max_batches or epochs * -(-len(labels) // batch_size)
-    optimizer = torch.optim.Adam(trainable, lr=lr, fused=True)
+    optimizer = optimizer_class(trainable, lr=lr, fused=True)
     losses = torch.zeros(steps, device=device)
     net.train()
     with factorised(net), tqdm(total=steps, disable=not progress, unit="batch") as bar:
@@ -130,7 +132,7 @@ def evaluate(net: nn.Module, dataset: TensorDataset) -> Evaluation:
     was_training = net.training
     net.eval()
     try:
-        predictions = torch.cat([net(part.to(device)).argmax(dim=1).cpu() for part in images.split(5000)])
+        predictions = torch.cat([net(part.to(device)).argmax(dim=1).cpu() for part in images.split(500)])
     finally:
         net.train(was_training)
     pairs = labels.cpu() * 10 + predictions

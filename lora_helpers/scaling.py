@@ -1,0 +1,507 @@
+"""What the scale α/r does, measured: small experiments, each a function that returns a plain table.
+
+`python -m lora_helpers.scaling` prints the tables over more seeds than notebook 2 has time for; add `--full` for
+the full MNIST (`--root FOLDER` where its files are at hand).
+"""
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from statistics import mean, stdev
+
+import torch
+from safetensors.torch import save
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+from tqdm.auto import tqdm
+
+from lora_helpers.data import Mnist, as_tensors, load_mnist, only_digit
+from lora_helpers.factorisation import factorised
+from lora_helpers.lora import LoRAParametrization, add_lora, count_parameters, freeze_base, lora_layers
+from lora_helpers.model import RichBoyNet
+from lora_helpers.training import evaluate, pretrained_base, train
+
+# The factor on B A as the rank grows: none, that of rsLoRA, that of LoRA. All agree at rank 1.
+RULES = {"1": lambda rank: 1.0, "1/√r": lambda rank: rank**-0.5, "1/r": lambda rank: 1 / rank}
+OPTIMIZERS = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
+STARTS = {"normal": "A ~ N(0, 1)", "kaiming": "A ~ Kaiming-uniform"}
+WEIGHTS = ("linear1", "linear2", "linear3")
+
+
+def alpha_for(rule: str, rank: int, strength: float = 1.0) -> float:
+    """The α for which α/r is `strength` times the rule's scale: how each rule is given to a LoRA that divides by r."""
+    return strength * _choice("rule", rule, RULES)(rank) * rank
+
+
+def slope(ranks: Sequence[float], values: Sequence[float]) -> float:
+    """The exponent p of the best fit values ≈ c · ranks^p: least squares on a log-log scale.
+
+    Raises:
+        ValueError: fewer than two different ranks, or something not positive.
+    """
+    if len(ranks) != len(values) or len(set(ranks)) < 2 or min(ranks) <= 0 or not all(0 < v < math.inf for v in values):
+        raise ValueError(f"An exponent needs two or more ranks and as many positive values; given {list(ranks)} and {list(values)}.")
+    x, y = torch.tensor(ranks, dtype=torch.float64).log(), torch.tensor(values, dtype=torch.float64).log()
+    x = x - x.mean()
+    return (x @ y / (x @ x)).item()
+
+
+def break_even_rank(in_features: int, out_features: int) -> float:
+    """The rank at which A and B hold as many numbers as the weight: in · out / (in + out)."""
+    return in_features * out_features / (in_features + out_features)
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+@dataclass(frozen=True)
+class Start:
+    """A network with LoRA before any training: ‖ΔW‖ and the gradients' norms over all layers, and its accuracy."""
+
+    name: str
+    delta: float
+    gradient_A: float
+    gradient_B: float
+    accuracy: float
+
+
+def four_starts(base: nn.Module, mnist: Mnist, *, rank: int = 4, digit: int = 9, seed: int = 0) -> list[Start]:
+    """Each of A and B random, N(0, 1), or zero: what one batch of `digit` would change in them.
+
+    Source: Hu et al., arXiv 2106.09685, section 4.1 (A Gaussian, B zero).
+    """
+    images, labels = (t[:10] for t in as_tensors(only_digit(mnist.train, digit)))
+    table = []
+    for a_word, b_word in (("random", "zero"), ("zero", "random"), ("zero", "zero"), ("random", "random")):
+        net = start_lora(base, Setting(rank=rank, seed=seed))
+        adapters = _adapters(net).values()
+        generator = torch.Generator().manual_seed(seed + 1)
+        for adapter in adapters:
+            if a_word == "zero":
+                nn.init.zeros_(adapter.lora_A)
+            if b_word == "random":
+                nn.init.normal_(adapter.lora_B, generator=generator)
+        F.cross_entropy(net(images), labels).backward()
+        norms = [_norm_of(tensors) for tensors in zip(*((a.delta.detach(), a.lora_A.grad, a.lora_B.grad) for a in adapters))]
+        table.append(Start(f"A {a_word}, B {b_word}", *norms, evaluate(net, mnist.test).accuracy))
+    return table
+
+
+# ---------------------------------------------------------------- the first step
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """ΔW after one step from B = 0: its norm, and its useful part ⟨−ΔW, G⟩ (the fall in the loss, to first order)."""
+
+    optimizer: str
+    rule: str
+    rank: int
+    seed: int
+    norm: float
+    useful: float
+
+
+def low_rank_gradient(out_features: int = 2000, in_features: int = 1000, rank: int = 10, seed: int = 0) -> torch.Tensor:
+    """A random gradient of a given rank, out_features × in_features, float32: a batch of 10 gives at most rank 10."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(out_features, rank, generator=generator), torch.randn(rank, in_features, generator=generator)
+    return left @ right / rank**0.5
+
+
+def weight_gradient(net: RichBoyNet, dataset: TensorDataset, layer: str = "linear2", batch_size: int = 10, seed: int = 0) -> torch.Tensor:
+    """G, the gradient of the loss with respect to the weight of `layer`, on one random batch of `dataset`."""
+    images, labels = as_tensors(dataset)
+    batch = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:batch_size]
+    loss = F.cross_entropy(net(images[batch]), labels[batch])
+    return torch.autograd.grad(loss, net.get_submodule(layer).weight)[0]
+
+
+def first_steps(
+    gradient: torch.Tensor,
+    *,
+    ranks: Iterable[int] = (1, 2, 4, 8, 16, 32, 64),
+    seeds: Iterable[int] = range(10),
+    lr: float = 1e-3,
+    a_std: float = 1.0,
+) -> list[FirstStep]:
+    """One real step of SGD and of Adam from B = 0 and A ~ N(0, a_std²), on the loss whose gradient in W is `gradient`.
+
+    Neither ΔW nor anything else of the weight's size is made: the loss ⟨G, s·BA⟩ is ⟨s·B, G Aᵀ⟩,
+    and ‖BA‖² is the trace of (BᵀB)(AAᵀ).
+
+    Source: algebra of Hu et al., arXiv 2106.09685, equation (3): the gradient in B is s · G Aᵀ.
+    """
+    table = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for rank in ranks:
+            a = a_std * torch.randn(rank, gradient.shape[1], generator=generator, dtype=gradient.dtype)
+            projected = gradient @ a.T
+            for rule, rule_of in RULES.items():
+                scale = rule_of(rank)
+                for name, optimizer_class in OPTIMIZERS.items():
+                    b = torch.zeros_like(projected, requires_grad=True)
+                    optimizer = optimizer_class([b], lr=lr)
+                    (scale * (b * projected).sum()).backward()
+                    optimizer.step()
+                    b = b.detach()
+                    table.append(FirstStep(name, rule, rank, seed, product_norm(b, a, scale), -scale * (b * projected).sum().item()))
+    return table
+
+
+def first_step_slopes(table: Sequence[FirstStep], quantity: str) -> dict[tuple[str, str], list[float]]:
+    """For each (optimizer, rule) the fitted exponent of r of each seed; `quantity` is "norm" or "useful"."""
+    slopes = {}
+    for key in dict.fromkeys((row.optimizer, row.rule) for row in table):
+        rows = [row for row in table if (row.optimizer, row.rule) == key]
+        by_seed = {seed: [r for r in rows if r.seed == seed] for seed in dict.fromkeys(r.seed for r in rows)}
+        slopes[key] = [slope([r.rank for r in some], [getattr(r, quantity) for r in some]) for some in by_seed.values()]
+    return slopes
+
+
+def product_norm(b: torch.Tensor, a: torch.Tensor, scale: float = 1.0) -> float:
+    """The Frobenius norm of scale · B A, from the two r × r matrices BᵀB and AAᵀ."""
+    return scale * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
+
+
+# ---------------------------------------------------------------- whole trainings
+
+
+@dataclass(frozen=True)
+class Size:
+    """ΔW of one layer: its Frobenius norm, and its part along a direction D, ⟨ΔW, D⟩ / ‖D‖ (nan without one)."""
+
+    norm: float
+    along: float = math.nan
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One fine-tuning to run. `rule` and `alpha` give the scale: alpha · 1, alpha/√r or alpha/r."""
+
+    rank: int = 1
+    alpha: float = 1.0
+    rule: str = "1/r"
+    optimizer: str = "Adam"
+    lr: float = 1e-3
+    start: str = "normal"
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        return alpha_for(self.rule, self.rank, self.alpha) / self.rank
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fine-tuning on one digit. `sizes[n][layer]` is ΔW after n batches; `wrong` counts that digit's wrong answers."""
+
+    setting: Setting
+    sizes: dict[int, dict[str, Size]] = field(repr=False)
+    wrong: int
+    accuracy: float
+    finite: bool = True  # False where training diverged
+
+    @property
+    def final(self) -> dict[str, Size]:
+        return self.sizes[max(self.sizes)]
+
+
+def start_lora(base: nn.Module, setting: Setting) -> nn.Module:
+    """A copy of `base` with LoRA as `setting` says, frozen base; the global random stream is left alone."""
+    _choice("start", setting.start, STARTS)
+    net = copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(setting.seed)
+    add_lora(net, rank=setting.rank, alpha=alpha_for(setting.rule, setting.rank, setting.alpha), generator=generator)
+    if setting.start == "kaiming":  # loralib and PEFT: uniform within ±1/√in, standard deviation 1/√(3·in)
+        for adapter in _adapters(net).values():
+            nn.init.kaiming_uniform_(adapter.lora_A, a=5**0.5, generator=generator)
+    return freeze_base(net)
+
+
+def run(
+    base: nn.Module,
+    mnist: Mnist,
+    setting: Setting,
+    *,
+    batches: int = 100,
+    at: Iterable[int] = (),
+    directions: dict[str, torch.Tensor] | None = None,
+    digit: int = 9,
+) -> Run:
+    """Fine-tunes a copy of `base` on one digit, batches of 10, and tests it.
+
+    Args:
+        at: after which batches ΔW is measured, besides the last.
+        directions: D for each layer, of the weight's shape.
+    """
+    net = start_lora(base, setting)
+    adapters = _adapters(net)
+    wanted, sizes = {*at, batches}, {}
+
+    def measure(done: int) -> None:
+        if done in wanted:
+            sizes[done] = {name: _size(adapter, (directions or {}).get(name)) for name, adapter in adapters.items()}
+
+    losses = _train(net, only_digit(mnist.train, digit), setting, batches, measure)
+    result = evaluate(net, mnist.test)
+    return Run(setting, sizes, result.wrong_counts[digit], result.accuracy, math.isfinite(losses[-1]))
+
+
+def sweep(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], *, progress: bool = True, **options) -> list[Run]:
+    """`run` for each setting, with a progress bar. Settings with one scale (as all rules at rank 1) are run once."""
+    settings, done = list(settings), {}
+    for setting in tqdm(settings, disable=not progress, unit="run"):
+        same = replace(setting, rule="1", alpha=setting.scale)
+        if same not in done:
+            done[same] = run(base, mnist, setting, **options)
+    return [replace(done[replace(s, rule="1", alpha=s.scale)], setting=s) for s in settings]
+
+
+def ladder(
+    ranks: Iterable[int] = (1, 4, 16, 64), rules: Iterable[str] = tuple(RULES), seeds: Iterable[int] = range(3), **common
+) -> list[Setting]:
+    """Settings for all ranks, rules and seeds; `common` as in `Setting`."""
+    return [Setting(rank=rank, rule=rule, seed=seed, **common) for rule in rules for rank in ranks for seed in seeds]
+
+
+def grid(alphas: Iterable[float], lrs: Iterable[float], **common) -> list[Setting]:
+    """Settings for each α (outer) and learning rate (inner), scale α/r; `common` as in `Setting`."""
+    return [Setting(alpha=alpha, lr=lr, **common) for alpha in alphas for lr in lrs]
+
+
+def norm_slopes(runs: Sequence[Run], layer: str = "linear2", batches: int | None = None, quantity: str = "norm") -> dict[str, list[float]]:
+    """For each rule the exponent of r in ‖ΔW‖ of one layer (or in its part along D), fitted for each seed."""
+    slopes = {}
+    for rule in dict.fromkeys(r.setting.rule for r in runs):
+        slopes[rule] = []
+        for seed in dict.fromkeys(r.setting.seed for r in runs):
+            some = [r for r in runs if (r.setting.rule, r.setting.seed) == (rule, seed)]
+            values = [getattr((r.sizes[batches] if batches else r.final)[layer], quantity) for r in some]
+            slopes[rule].append(slope([r.setting.rank for r in some], values))
+    return slopes
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds, as text."""
+    sd = stdev(values) if len(values) > 1 else 0.0
+    return f"{mean(values):+.{digits}f} ± {sd:.{digits}f}"
+
+
+# ---------------------------------------------------------------- full fine-tuning and its low-rank part
+
+
+def full_fine_tuning(base: nn.Module, mnist: Mnist, *, lr: float = 1e-3, batches: int = 100, digit: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    """ΔW of each `Linear` layer when weights (not biases, which LoRA leaves alone too) are all trained with Adam."""
+    net = copy.deepcopy(base)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.endswith("weight"))
+    train(net, only_digit(mnist.train, digit), max_batches=batches, lr=lr, seed=seed, progress=False)
+    return {name: (net.get_submodule(name).weight - base.get_submodule(name).weight).detach() for name in WEIGHTS}
+
+
+@torch.no_grad()
+def with_updates(base: nn.Module, updates: dict[str, torch.Tensor]) -> nn.Module:
+    """A copy of `base` with ΔW added to the weight of each layer named."""
+    net = copy.deepcopy(base)
+    for name, delta in updates.items():
+        net.get_submodule(name).weight += delta
+    return net
+
+
+def best_low_rank(matrix: torch.Tensor, ranks: Iterable[int]) -> dict[int, torch.Tensor]:
+    """The nearest matrix of each rank, in the Frobenius norm: the singular value decomposition cut off (Eckart and Young, 1936)."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return {rank: (u[:, :rank] * s[:rank]) @ v[:rank] for rank in ranks}
+
+
+# ---------------------------------------------------------------- α against the learning rate
+
+
+def twins_apart(
+    base: nn.Module, mnist: Mnist, *, c: float = 3.0, rescale_A: bool = True, optimizer: str = "Adam", steps: int = 20, rank: int = 4, digit: int = 9
+) -> float:
+    """Trains two adapters that ought to agree, in float64, and returns how far apart their ΔW are, relative to the first.
+
+    The twin has α and the learning rate exchanged. With `rescale_A`, exactly: scale c²·s, initial A divided by c, rate
+    η/c under Adam or η/c² under SGD. Without, roughly: scale c·s and rate η/c (Adam) or η/c² (SGD), A as it was.
+    Adam's epsilon is taken away (1e-30), for it alone breaks the symmetry.
+    """
+    exponent = {"Adam": 1, "SGD": 2}[optimizer]
+    nines, updates = only_digit(mnist.train, digit), []
+    for scale, a_factor, lr in ((1.0, 1.0, 1e-3), (c * c if rescale_A else c, 1 / c if rescale_A else 1.0, 1e-3 / c**exponent)):
+        net = start_lora(base, Setting(rank=rank, alpha=scale)).double()
+        adapters = _adapters(net).values()
+        for adapter in adapters:
+            adapter.lora_A.data.mul_(a_factor)
+        data = TensorDataset(nines.tensors[0].double(), nines.tensors[1])
+        train(net, data, max_batches=steps, lr=lr, seed=0, progress=False, optimizer_class=_exact(optimizer))
+        updates.append([adapter.delta.detach() for adapter in adapters])
+    return _norm_of([x - y for x, y in zip(*updates)]) / _norm_of(updates[0])
+
+
+# ---------------------------------------------------------------- long training
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A long training: the loss and the norm of the gradient in A and B together at each batch, and the accuracy at the end."""
+
+    setting: Setting
+    losses: list[float] = field(repr=False)
+    gradients: list[float] = field(repr=False)
+    accuracy: float
+
+
+def shuffled_pixels(mnist: Mnist, seed: int = 0) -> Mnist:
+    """The same digits with their pixels in another order, one order for all: all is to be learned anew, at a high rank."""
+    order = torch.randperm(28 * 28, generator=torch.Generator().manual_seed(seed))
+    parts = [TensorDataset(x.flatten(1)[:, order].view_as(x), y) for x, y in (mnist.train.tensors, mnist.test.tensors)]
+    return Mnist(*parts, mnist.source)
+
+
+def learning_curves(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], *, batches: int = 300, progress: bool = True) -> list[Curve]:
+    """Trains on all digits of `mnist` for many batches, one curve for each setting."""
+    curves = []
+    for setting in tqdm(list(settings), disable=not progress, unit="run"):
+        net = start_lora(base, setting)
+        adapters, gradients = _adapters(net).values(), []
+
+        def measure(done: int) -> None:
+            gradients.append(_norm_of([p.grad for adapter in adapters for p in adapter.parameters()]))
+
+        losses = _train(net, mnist.train, setting, batches, measure)
+        curves.append(Curve(setting, losses, gradients, evaluate(net, mnist.test).accuracy))
+    return curves
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one way to fine-tune: numbers trained, bytes of Adam's state and of a checkpoint, milliseconds a step."""
+
+    method: str
+    rank: int | None
+    trained: int
+    optimizer_bytes: int
+    checkpoint_bytes: int
+    milliseconds: float
+
+
+def costs(base: nn.Module, dataset: TensorDataset, *, ranks: Iterable[int] = (1, 8, 64), steps: int = 20, lr: float = 1e-5) -> list[Cost]:
+    """Full fine-tuning, LoRA as a parametrization and LoRA factorised, for each rank; each measured, none estimated.
+
+    The time is the best of `steps` training steps of 10 images (the least disturbed by other work); the checkpoint
+    is what safetensors writes of the trained tensors.
+    """
+    images, labels = (t[:10] for t in as_tensors(dataset))
+    table = []
+    for method, rank in [("full", None)] + [(m, r) for m in ("parametrization", "factorised") for r in ranks]:
+        net = copy.deepcopy(base).train()
+        if rank:
+            freeze_base(add_lora(net, rank=rank, generator=torch.Generator().manual_seed(0)))
+        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.Adam(trained.values(), lr=lr, fused=True)
+
+        def step_time() -> float:
+            begin = time.perf_counter()
+            loss = F.cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return time.perf_counter() - begin
+
+        with factorised(net) if method == "factorised" else nullcontext():
+            best = min(step_time() for _ in range(steps))
+        state = sum(t.nbytes for slots in optimizer.state.values() for t in slots.values() if t.ndim)
+        written = len(save({name: p.detach().contiguous() for name, p in trained.items()}))
+        table.append(Cost(method, rank, count_parameters(net).trainable, state, written, 1000 * best))
+    return table
+
+
+def _adapters(net: nn.Module) -> dict[str, LoRAParametrization]:
+    return {name: adapters[0] for name, adapters in lora_layers(net).items()}
+
+
+def _train(net: nn.Module, dataset: TensorDataset, setting: Setting, batches: int, after_batch: Callable[[int], None]) -> list[float]:
+    optimizer_class = _choice("optimizer", setting.optimizer, OPTIMIZERS)
+    options = {"max_batches": batches, "lr": setting.lr, "seed": setting.seed, "after_batch": after_batch}
+    return train(net, dataset, progress=False, optimizer_class=optimizer_class, **options)
+
+
+def _exact(optimizer: str) -> Callable[..., torch.optim.Optimizer]:
+    if optimizer == "SGD":
+        return torch.optim.SGD
+    return lambda parameters, lr, fused: torch.optim.Adam(parameters, lr=lr, fused=fused, eps=1e-30)
+
+
+@torch.no_grad()
+def _size(adapter: LoRAParametrization, direction: torch.Tensor | None) -> Size:
+    a, b = adapter.lora_A, adapter.lora_B
+    norm = product_norm(b, a, adapter.scale)
+    if direction is None:
+        return Size(norm)
+    return Size(norm, adapter.scale * (b * (direction @ a.T)).sum().item() / direction.norm().item())
+
+
+def _norm_of(tensors: Iterable[torch.Tensor]) -> float:
+    """The norm of all numbers of several tensors together."""
+    return math.sqrt(sum(t.square().sum().item() for t in tensors))
+
+
+def _choice(name: str, value: str, allowed: dict):
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+    return allowed[value]
+
+
+# ---------------------------------------------------------------- all of it, on the command line
+
+
+def main() -> None:
+    """Prints the tables of notebook 2 with more seeds, on the sample or on the full MNIST."""
+    parser = argparse.ArgumentParser(prog="python -m lora_helpers.scaling", description=main.__doc__)
+    parser.add_argument("--full", action="store_true", help="the full MNIST instead of the bundled sample")
+    parser.add_argument("--root", help="folder that holds MNIST/raw")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    mnist = load_mnist("full" if options.full else "sample", root=options.root)
+    base = pretrained_base(mnist)
+    before = evaluate(base, mnist.test)
+    print(f"{mnist}\nbase: nines wrong {before.wrong_counts[9]}, accuracy {before.accuracy:.3f}")
+
+    for title, gradient in (("random G of rank 10", low_rank_gradient()), ("G of the network", weight_gradient(base, only_digit(mnist.train, 9)))):
+        steps = first_steps(gradient)
+        norms, useful = first_step_slopes(steps, "norm"), first_step_slopes(steps, "useful")
+        print(f"\nFirst step, {title}: exponents of r, mean ± standard deviation over draws")
+        for key in norms:
+            print(f"{key[0]:4} · scale {key[1]:4} · ‖ΔW‖ {spread(norms[key])} · ⟨−ΔW, G⟩ {spread(useful[key])}")
+
+    directions = full_fine_tuning(base, mnist, lr=1e-4)
+    for common in ({}, {"optimizer": "SGD", "lr": 1e-2}, {"start": "kaiming"}):
+        runs = sweep(base, mnist, ladder(seeds=range(options.seeds), **common), at=(1, 5, 25), directions=directions)
+        print(f"\n{runs[0].setting.optimizer}, {STARTS[runs[0].setting.start]}, learning rate {runs[0].setting.lr:g}, {options.seeds} seeds")
+        print("exponent of r in ‖ΔW‖ after 1, 5, 25 and 100 batches")
+        for layer in WEIGHTS:
+            slopes = [norm_slopes(runs, layer, batches) for batches in (1, 5, 25, 100)]
+            for rule in RULES:
+                print(f"{layer} · scale {rule:4} · " + " · ".join(spread(by_rule[rule]) for by_rule in slopes))
+        print("nines wrong · accuracy · ‖ΔW₂‖ · ΔW₂ along full fine-tuning, from least to most")
+        for rule in RULES:
+            for rank in (1, 4, 16, 64):
+                some = [r for r in runs if (r.setting.rule, r.setting.rank) == (rule, rank)]
+                columns = ([r.wrong for r in some], [r.accuracy for r in some], *zip(*((r.final["linear2"].norm, r.final["linear2"].along) for r in some)))
+                ranges = [f"{min(c):.{d}f}–{max(c):.{d}f}" for c, d in zip(columns, (0, 3, 2, 2))]
+                print(f"scale {rule:4} · r {rank:2} · " + " · ".join(ranges))
+
+
+if __name__ == "__main__":
+    main()

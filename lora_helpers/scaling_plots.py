@@ -1,0 +1,248 @@
+"""Pictures for the experiments of `scaling`: one function for each claim of notebook 2.
+
+Three rules, told apart by colour, marker and line: none (1), rsLoRA's (1/√r), LoRA's (1/r).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import mean
+
+import torch
+
+from lora_helpers.plots import AFTER, BEFORE, Picture
+from lora_helpers.scaling import WEIGHTS, Cost, Curve, FirstStep, Run, break_even_rank, norm_slopes
+
+THIRD = "#009E73"
+_STYLE = {"1": (THIRD, "^", ":"), "1/√r": (AFTER, "s", "--"), "1/r": (BEFORE, "o", "-")}
+_NAMES = {"1": "no scale (α = r)", "1/√r": "α/√r", "1/r": "α/r"}
+
+
+def plot_spectra(updates: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> Picture:
+    """Singular values, divided by the largest, of ΔW, of W and of a random matrix of the same shape, layer by layer."""
+    figure = Picture("", figsize=(9, 3))
+    said = []
+    for axes, (name, delta) in zip(figure.subplots(1, len(updates), sharey=True), updates.items()):
+        random = torch.randn(delta.shape, generator=torch.Generator().manual_seed(0))
+        curves = (("ΔW of full fine-tuning", delta, BEFORE, "-"), ("W", weights[name], AFTER, "--"), ("random", random, THIRD, ":"))
+        for label, matrix, color, line in curves:
+            values = torch.linalg.svdvals(matrix)
+            axes.semilogy(range(1, len(values) + 1), values / values[0], line, color=color, label=label, linewidth=2)
+            share = (values[:10].square().sum() / values.square().sum()).item()
+            said.append(f"{name}, {label}: the ten largest hold {share:.0%} of the squares")
+        axes.set(title=name, xlabel="number of the singular value", xscale="log", ylim=(1e-4, 1.5))
+    axes.legend(frameon=False, fontsize=8)
+    figure.axes[0].set_ylabel("singular value / largest")
+    figure.alt = "; ".join(said)
+    return figure
+
+
+def plot_low_rank(rows: Sequence[tuple[str, int, int, float]], before: tuple[int, float]) -> Picture:
+    """Wrong answers and accuracy by rank; `rows` of (method, rank, wrong, accuracy), `before` those of the base."""
+    alt = "; ".join(f"{method}, rank {rank}: {wrong} nines wrong, accuracy {accuracy:.3f}" for method, rank, wrong, accuracy in rows)
+    figure = Picture(f"Before: {before[0]} nines wrong, accuracy {before[1]:.3f}; {alt}", figsize=(8.5, 2.8))
+    for axes, place, label in zip(figure.subplots(1, 2), (2, 3), ("nines wrong", "accuracy")):
+        axes.axhline(before[place - 2], color="0.4", linestyle=":", label="base")
+        for method, (color, marker, line) in zip(dict.fromkeys(row[0] for row in rows), _STYLE.values()):
+            some = [row for row in rows if row[0] == method]
+            axes.plot([row[1] for row in some], [row[place] for row in some], line, marker=marker, color=color, label=method)
+        _rank_axis(axes, sorted({row[1] for row in rows}), label)
+        axes.set_ylim(0, None if place == 2 else 1)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_first_steps(table: Sequence[FirstStep], quantity: str) -> Picture:
+    """One step: ‖ΔW‖ ("norm") or ⟨−ΔW, G⟩ ("useful") by rank, relative to rank 1; one panel for each optimizer."""
+    label = {"norm": "‖ΔW‖ after one step", "useful": "⟨−ΔW, G⟩ after one step"}[quantity]
+    figure = Picture("", figsize=(8.5, 3))
+    said = []
+    optimizers = list(dict.fromkeys(row.optimizer for row in table))
+    ranks = sorted({row.rank for row in table})
+    for axes, optimizer in zip(figure.subplots(1, len(optimizers), sharey=True), optimizers):
+        for rule in _STYLE:
+            cells = {r: [getattr(x, quantity) for x in table if (x.optimizer, x.rule, x.rank) == (optimizer, rule, r)] for r in ranks}
+            first = mean(cells[ranks[0]])
+            _band(axes, rule, {r: [v / first for v in values] for r, values in cells.items()})
+            said.append(f"{optimizer}, {_NAMES[rule]}: rank {ranks[-1]} has {mean(cells[ranks[-1]]) / first:.2g} times the value of rank {ranks[0]}")
+        axes.set(title=optimizer, yscale="log")
+        _rank_axis(axes, ranks, "")
+    figure.axes[0].set_ylabel(f"{label}\n(rank {ranks[0]} = 1)")
+    axes.legend(frameon=False, fontsize=8)
+    figure.alt = f"{label}: " + "; ".join(said)
+    return figure
+
+
+def plot_exponents(groups: dict[str, Sequence[Run]], rule: str = "1/r") -> Picture:
+    """The exponent of r in ‖ΔW‖ as training goes on, for each layer; one line for each group of runs."""
+    figure = Picture("", figsize=(9, 3))
+    said = []
+    for axes, layer in zip(figure.subplots(1, 3, sharey=True), WEIGHTS):
+        for (name, runs), (color, marker, line) in zip(groups.items(), reversed(_STYLE.values())):
+            batches = sorted(runs[0].sizes)
+            cells = {n: norm_slopes(runs, layer, n)[rule] for n in batches}
+            _draw_band(axes, cells, color, marker, line, name)
+            said.append(f"{layer}, {name}: " + ", ".join(f"{mean(cells[n]):+.2f} after {n}" for n in batches))
+        axes.axhline(0, color="0.4", linewidth=1)
+        axes.set(title=layer, xlabel="batches", xscale="log", xticks=batches, xticklabels=batches)
+        axes.minorticks_off()
+    figure.axes[0].set_ylabel(f"exponent of r in ‖ΔW‖\n({_NAMES[rule]})")
+    axes.legend(frameon=False, fontsize=8)
+    figure.alt = f"Exponent of r in the norm of ΔW, {_NAMES[rule]}: " + "; ".join(said)
+    return figure
+
+
+def plot_by_rank(runs: Sequence[Run], layer: str = "linear2", before: tuple[int, float] | None = None) -> Picture:
+    """By rank and rule: the norm of ΔW, the wrong answers, the accuracy. The band runs from the least to the most of the seeds."""
+    panels: list[tuple[str, Callable[[Run], float]]] = [
+        (f"‖ΔW‖ of {layer}", lambda r: r.final[layer].norm), ("nines wrong", lambda r: r.wrong), ("accuracy", lambda r: r.accuracy)
+    ]  # fmt: skip
+    figure = _panels(runs, panels)
+    figure.axes[0].set_yscale("log")
+    figure.axes[2].set_ylim(0, 1)
+    for axes, value in zip(figure.axes[1:], before or ()):
+        axes.axhline(value, color="0.4", linestyle="-.", linewidth=1, label="base")
+    figure.axes[-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_along(runs: Sequence[Run], layer: str = "linear2") -> Picture:
+    """By rank and rule: the norm of ΔW, its part along full fine-tuning, and the part's share of the norm (the cosine)."""
+    panels: list[tuple[str, Callable[[Run], float]]] = [
+        (f"‖ΔW‖ of {layer}", lambda r: r.final[layer].norm),
+        ("part along full fine-tuning", lambda r: r.final[layer].along),
+        ("its share (cosine)", lambda r: r.final[layer].along / r.final[layer].norm),
+    ]
+    figure = _panels(runs, panels)
+    figure.axes[0].set_yscale("log")
+    for axes in figure.axes[1:]:
+        axes.set_ylim(0, None)
+    figure.axes[-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_terms(norms: Sequence[float], along: Sequence[float]) -> Picture:
+    """Partial sums of an adapter's rank-one terms: norm and part along a direction, each relative to the first value, log-log."""
+    count = range(1, len(norms) + 1)
+    alt = f"From 1 to {len(norms)} terms the norm grows {norms[-1] / norms[0]:.1f} times, the part along the direction {along[-1] / along[0]:.1f} times"
+    figure = Picture(alt, figsize=(5.5, 3.2))
+    axes = figure.subplots()
+    axes.loglog(count, [v / norms[-1] for v in norms], "--", color=AFTER, marker="s", markevery=0.1, label="norm of the sum")
+    axes.loglog(count, [v / along[-1] for v in along], "-", color=BEFORE, marker="o", markevery=0.1, label="its part along full fine-tuning")
+    axes.loglog(count, [(k / len(norms)) ** 0.5 for k in count], ":", color="0.4", label="√k")
+    axes.loglog(count, [k / len(norms) for k in count], "-.", color="0.4", label="k")
+    axes.set(xlabel="rank-one terms added, k", ylabel="share of the whole")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_grids(groups: dict[str, Sequence[Run]]) -> Picture:
+    """Heat maps of α (rows) by learning rate (columns): wrong nines above, accuracy below, one column for each group. ✗: diverged."""
+    figure = Picture("", figsize=(4.6 * len(groups), 6))
+    said = []
+    grid_of_axes = figure.subplots(2, len(groups), squeeze=False)
+    for column, (name, runs) in enumerate(groups.items()):
+        alphas, lrs = sorted({r.setting.alpha for r in runs}), sorted({r.setting.lr for r in runs})
+        found = {(r.setting.alpha, r.setting.lr): r for r in runs}
+        for row, (label, value, form) in enumerate((("nines wrong", lambda r: r.wrong, "d"), ("accuracy", lambda r: r.accuracy, ".2f"))):
+            axes = grid_of_axes[row, column]
+            table = [[value(found[a, lr]) if found[a, lr].finite else math.nan for lr in lrs] for a in alphas]
+            image = axes.imshow(table, cmap="cividis", origin="lower", aspect="auto")
+            low, high = image.get_clim()
+            for i, line in enumerate(table):
+                for j, v in enumerate(line):
+                    words, dark = ("✗", False) if math.isnan(v) else (format(v, form), v < (low + high) / 2)
+                    axes.text(j, i, words, ha="center", va="center", color="white" if dark else "black", fontsize=9)
+                said.append(f"{name}, {label}, α = {alphas[i]:g}: " + ", ".join("diverged" if math.isnan(v) else format(v, form) for v in line))
+            axes.set(xticks=range(len(lrs)), xticklabels=[f"{lr:.3g}" for lr in lrs], yticks=range(len(alphas)), yticklabels=[f"{a:g}" for a in alphas])
+            axes.set(title=f"{name}: {label}", xlabel="learning rate", ylabel="α")
+    figure.alt = "; ".join(said)
+    return figure
+
+
+def plot_curves(curves: Sequence[Curve], window: int = 20) -> Picture:
+    """Loss and gradient norm over a long training, running means; one column for each rule, one line for each rank."""
+    rules = list(dict.fromkeys(c.setting.rule for c in curves))
+    figure = Picture("", figsize=(4.5 * len(rules), 5))
+    said = []
+    axes = figure.subplots(2, len(rules), sharex=True, sharey="row", squeeze=False)
+    for column, rule in enumerate(rules):
+        for curve, (color, marker, line) in zip([c for c in curves if c.setting.rule == rule], reversed(_STYLE.values())):
+            for row, values in enumerate((curve.losses, curve.gradients)):
+                smooth = torch.tensor(values).unfold(0, window, 1).mean(dim=1)
+                axes[row, column].plot(range(window, len(values) + 1), smooth, line, color=color, marker=marker, markevery=0.2, label=f"r = {curve.setting.rank}")
+            said.append(f"{_NAMES[rule]}, rank {curve.setting.rank}: loss at the end {smooth_end(curve.losses, window):.2f}, gradient {smooth_end(curve.gradients, window):.2g}")
+        axes[0, column].set_title(_NAMES[rule])
+        axes[1, column].set(xlabel="batch", yscale="log")
+    axes[0, 0].set_ylabel("loss")
+    axes[1, 0].set_ylabel("norm of the gradient in A and B")
+    axes[0, -1].legend(frameon=False)
+    figure.alt = "; ".join(said)
+    return figure
+
+
+def smooth_end(values: Sequence[float], window: int = 20) -> float:
+    """The mean of the last `window` values."""
+    return mean(values[-window:])
+
+
+def plot_parameters(shapes: dict[str, tuple[int, int]]) -> Picture:
+    """Numbers in A and B as a share of the full weight, by rank; `shapes` of (out_features, in_features). Above 1, LoRA is the larger."""
+    alt = "; ".join(f"{name}: A and B are as large as the weight at rank {break_even_rank(i, o):.2f}" for name, (o, i) in shapes.items())
+    figure = Picture(alt, figsize=(6, 3))
+    axes = figure.subplots()
+    ranks = [2**k for k in range(11)]
+    for (name, (n_out, n_in)), (color, marker, line) in zip(shapes.items(), _STYLE.values()):
+        axes.loglog(ranks, [r * (n_in + n_out) / (n_in * n_out) for r in ranks], line, color=color, marker=marker, markersize=4, label=name)
+    axes.axhline(1, color="0.4")
+    axes.text(1, 1.15, "LoRA larger than the layer", color="0.3", fontsize=8)
+    _rank_axis(axes, ranks, "LoRA / full weight")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_costs(table: Sequence[Cost]) -> Picture:
+    """Milliseconds a training step, by method and rank."""
+    names = [c.method if c.rank is None else f"{c.method}\nr = {c.rank}" for c in table]
+    times = [c.milliseconds for c in table]
+    figure = Picture("Milliseconds a step: " + "; ".join(f"{n.replace(chr(10), ', ')} {t:.1f}" for n, t in zip(names, times)), figsize=(8.5, 2.6))
+    axes = figure.subplots()
+    look = {"full": ("0.6", ""), "parametrization": (AFTER, "//"), "factorised": (BEFORE, "")}
+    for place, (cost, t) in enumerate(zip(table, times)):
+        color, hatch = look[cost.method]
+        axes.bar(place, t, color=color, hatch=hatch, edgecolor="white")
+        axes.text(place, t, f"{t:.1f}", ha="center", va="bottom", fontsize=9)
+    axes.set(xticks=range(len(names)), ylabel="ms a step", ylim=(0, 1.15 * max(times)))
+    axes.set_xticklabels(names, fontsize=8)
+    return figure
+
+
+def _panels(runs: Sequence[Run], panels: Sequence[tuple[str, Callable[[Run], float]]]) -> Picture:
+    figure = Picture("", figsize=(9.5, 3))
+    said = []
+    ranks = sorted({r.setting.rank for r in runs})
+    for axes, (label, value) in zip(figure.subplots(1, len(panels)), panels):
+        for rule in _STYLE:
+            cells = {rank: [value(r) for r in runs if (r.setting.rule, r.setting.rank) == (rule, rank)] for rank in ranks}
+            if cells[ranks[0]]:
+                _band(axes, rule, cells)
+                said.append(f"{label}, {_NAMES[rule]}: " + ", ".join(f"{mean(v):.3g} at rank {r}" for r, v in cells.items()))
+        _rank_axis(axes, ranks, label)
+    figure.alt = "; ".join(said)
+    return figure
+
+
+def _band(axes, rule: str, cells: dict[int, list[float]]) -> None:
+    color, marker, line = _STYLE[rule]
+    _draw_band(axes, cells, color, marker, line, _NAMES[rule])
+
+
+def _draw_band(axes, cells: dict[int, list[float]], color: str, marker: str, line: str, label: str) -> None:
+    places = list(cells)
+    axes.plot(places, [mean(cells[p]) for p in places], line, color=color, marker=marker, label=label)
+    axes.fill_between(places, [min(cells[p]) for p in places], [max(cells[p]) for p in places], color=color, alpha=0.2, linewidth=0)
+
+
+def _rank_axis(axes, ranks: Sequence[int], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set(xticks=ranks, xticklabels=ranks, xlabel="rank r", ylabel=label)
+    axes.minorticks_off()
