@@ -2,9 +2,12 @@
 
 import base64
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch.utils.data import TensorDataset
 
 from lora_helpers.data import as_tensors
@@ -12,6 +15,15 @@ from lora_helpers.training import Evaluation
 
 # Okabe and Ito's palette, told apart by colour-blind readers; hatching says the same without colour.
 BEFORE, AFTER = "#0072B2", "#E69F00"
+
+
+_type_scale = 1.0
+
+
+def set_type_scale(scale: float) -> None:
+    """How large the type of all pictures drawn from now on is, 1 being usual. `projector_mode` calls it."""
+    global _type_scale
+    _type_scale = scale
 
 
 class Picture(Figure):
@@ -23,8 +35,25 @@ class Picture(Figure):
 
     def png(self) -> bytes:
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=100)
+        with self._type_scaled():
+            self.savefig(buffer, format="png", dpi=100)
         return buffer.getvalue()
+
+    @contextmanager
+    def _type_scaled(self) -> Iterator[None]:
+        # When drawn, not when made: so one call also reaches the pictures of widgets that exist already.
+        if _type_scale == 1:
+            yield
+            return
+        self.draw_without_rendering()  # makes the labels of the ticks
+        sizes = {text: text.get_fontsize() for text in self.findobj(Text)}
+        for text, size in sizes.items():
+            text.set_fontsize(size * _type_scale)
+        try:
+            yield
+        finally:
+            for text, size in sizes.items():
+                text.set_fontsize(size)
 
     def _repr_mimebundle_(self, **kwargs):
         data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt}

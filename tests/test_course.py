@@ -6,11 +6,16 @@ import re
 
 import pytest
 import torch
+from matplotlib.text import Text
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lora_helpers import LoRAParametrization, RichBoyNet, add_lora, evaluate, freeze_base, lora_disabled, only_digit, train
+from lora_helpers import (
+    LoRAParametrization, PredictChoice, PredictNumber, PredictRanking, Question, RichBoyNet, add_lora, evaluate, freeze_base,
+    lora_disabled, only_digit, plot_losses, preflight, projector_mode, train,
+)  # fmt: skip
 from lora_helpers.course import digit_9, mechanics, mlp, scaling, your_turn
+from lora_helpers.course import preflight as preflight_module
 from lora_helpers.course.exercise import Exercise, exercise
 
 MODULES = (mlp, scaling, mechanics, digit_9, your_turn)
@@ -562,3 +567,126 @@ def test_no_misconception_is_without_a_test():
                 named = re.findall(r'^ +"([^"]{4,50})": \(', source, re.M) + re.findall(r'Wrong\(\s*"([^"]+)"', source)
                 for misconception in named:
                     assert (name, misconception) in tested, (name, misconception)
+
+
+# --- predictions, quiz, preflight, projector
+
+
+def test_a_number_is_guessed_kept_and_revealed():
+    question = PredictNumber("How many nines are wrong?", 0, 200)
+    assert question.guess is None
+    assert repr(question.reveal(12)) == "measured: 12."
+    question.slider.set_state({"value": 40})  # the path a move in the browser takes
+    assert question.field.value == question.guess == 40
+    question.button.click()
+    assert question.kept and question.field.disabled and question.slider.disabled
+    question.field.value = 12
+    assert question.guess == 40, "hindsight does not count"
+    assert repr(question.reveal(12)) == "your guess: 40 · measured: 12. Too high by 28."
+    assert repr(question.reveal(41, "Nearly all.")).endswith("Close. Nearly all.")
+    assert "width: 30%" in question.reveal(12)._repr_html_()
+
+
+def test_the_lowest_number_can_be_meant():
+    question = PredictNumber("How many?", 0.0, 1.0, step=0.01)
+    question.button.click()
+    assert question.kept and question.guess == 0
+    assert repr(question.reveal(0.0)) == "your guess: 0.0 · measured: 0.0. Close."
+    assert "measured: nan" in repr(question.reveal(float("nan"))) and question.reveal(float("nan"))._repr_html_()
+
+
+def test_a_choice_is_guessed_and_revealed():
+    question = PredictChoice("Which layer is largest?", ["linear1", "linear2"])
+    question.button.click()
+    assert not question.kept and "skip" in question._status.value
+    question.radio.value = "linear1"
+    assert repr(question.reveal("linear2")).startswith("your guess: linear1 · measured: linear2. A surprise")
+    question.radio.value = "linear2"
+    assert "You had it" in repr(question.reveal("linear2"))
+
+
+def test_a_ranking_needs_each_item_once():
+    question = PredictRanking("Which pays most?", [4, 7, 0])
+    for place, item in zip(question.places, ("4", "4", "0")):
+        place.value = item
+    assert question.guess is None and "two places" in question._status.value
+    question.places[1].value = "7"
+    assert question.guess == ("4", "7", "0")
+    assert repr(question.reveal([4, 0, 7])) == "your guess: 4 > 7 > 0 · measured: 4 > 0 > 7. 1 of 3 in their place."
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__.split(".")[-1])
+def test_a_quiz_answers_each_choice_and_counts_first_tries(module):
+    quiz = module.quiz()
+    assert len(quiz.radios) >= 3
+    for number, (radio, question) in enumerate(zip(quiz.radios, quiz._questions)):
+        assert len(set(question.replies.values())) == len(question.replies)
+        for index, choice in enumerate(question.replies):
+            radio.set_state({"index": index})
+            assert question.replies[choice] in quiz.answers[number]
+            assert quiz.answers[number].startswith("✔" if choice == question.right else "✘")
+    expected = sum(next(iter(q.replies)) == q.right for q in quiz._questions)
+    assert quiz.score == expected and f"{expected} of {len(quiz.radios)}" in quiz._total.value
+    assert expected < len(quiz.radios), "the right answer is not always the first"
+
+
+def test_where_no_widget_runs_words_stand_in():
+    for widget, words in ((PredictChoice("Which?", ["this <b>", "that"]), "this &lt;b&gt;"), (mlp.quiz(), "<summary>Answer"),
+                          (PredictNumber("How many?", 0, 9), "from 0 to 9"), (PredictRanking("Who?", ["a", "b"]), "a, b")):  # fmt: skip
+        data = widget._repr_mimebundle_()
+        assert "application/vnd.jupyter.widget-view+json" in data and words in data["text/html"]
+        assert data["text/plain"] == repr(widget) and len(repr(widget)) < 120
+
+
+def test_a_question_without_its_right_answer_is_refused():
+    with pytest.raises(ValueError, match="not among"):
+        Question("?", "c", {"a": "", "b": ""})
+
+
+def test_preflight_says_ready_and_the_tick_is_answered():
+    state = torch.get_rng_state()
+    result = preflight()
+    assert torch.equal(torch.get_rng_state(), state)
+    # Widgets and packages are there; speed depends on the machine, so its verdict is not asserted.
+    found = {check.what: check for check in result.checks}
+    assert found["versions"].good and f"torch {torch.__version__.split('+')[0]}" in found["versions"].found
+    assert "3,000 training" in found["digits"].found and found["base network"].good and found["widgets"].good
+    assert repr(result).endswith(result.verdict) and result.verdict in result._repr_mimebundle_()["text/html"]
+    result.box.value = True
+    assert "Yes, widgets run" in result._answer.value
+
+
+def test_preflight_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_MNIST", "full")
+    monkeypatch.setattr("lora_helpers.data.DOWNLOAD_TIMEOUT", 0.1)
+    monkeypatch.setenv("LORA_MNIST_ROOT", str(tmp_path / "nothing"))
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])
+    versions = {"torch": "2.0.0"}
+    real = preflight_module.importlib.metadata.version
+    monkeypatch.setattr(preflight_module.importlib.metadata, "version", lambda name: versions.get(name) or real(name))
+    monkeypatch.setattr(preflight_module, "jupyter_path", lambda: [str(tmp_path)])
+    result = preflight()
+    assert not result.ready and result.verdict.startswith("Not ready.")
+    for words in ("Install again", "Unset LORA_MNIST", "Install ipywidgets"):
+        assert words in result.verdict
+    assert "torch is 2.0.0, needed is" in repr(result)
+
+
+def test_a_slow_machine_is_told_what_to_do(monkeypatch):
+    monkeypatch.setattr(preflight_module, "SLOW", 0.0)
+    result = preflight()
+    assert not result.ready and "TEACHING.md" in result.verdict
+
+
+def test_large_type_and_back(capsys):
+    picture = plot_losses([2.0, 1.0, 0.5])
+    usual = picture.png()
+    try:
+        projector_mode()
+        assert picture.png() != usual
+        sizes = [text.get_fontsize() for text in picture.findobj(Text)]
+    finally:
+        projector_mode(False)
+    assert picture.png() == usual and sizes == [text.get_fontsize() for text in picture.findobj(Text)]
+    with pytest.raises(TypeError, match="True or False"):
+        projector_mode("on")

@@ -4,6 +4,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lora_helpers.course.exercise import Uncheckable, Wrong, call, compare, exercise, same
+from lora_helpers.course.quiz import Question, Quiz
 from lora_helpers.data import Mnist
 from lora_helpers.lora import add_lora, lora_layers
 from lora_helpers.model import RichBoyNet
@@ -204,3 +205,45 @@ def experiment(teach):
     if same(given.confusion, before.confusion) and not same(evaluate(net, test).confusion, before.confusion):
         raise Wrong("tested with LoRA off, or too early", "Your figures are the base's: test after training, with LoRA on.")
     return "Only A and B learned, only from nines, and the figures come from unseen images."
+
+
+def quiz() -> Quiz:
+    """The recall quiz of notebook 4."""
+    return Quiz((
+        Question(
+            "Which figure shows that a network calls too many digits 9?",
+            "the precision of 9",
+            {
+                "the recall of 9": "It only asks what happened to the nines, and is perfect when everything is called 9.",
+                "the precision of 9": "Of all that is called 9, how much is one.",
+                "the loss of the fine-tuning": "It saw nothing but nines, so calling all of them 9 is all it asks.",
+            },
+        ),
+        Question(
+            "The training images were all nines. Why did the fours suffer, and hardly the zeros?",
+            "A four lies nearest to the nine's side of the line",
+            {
+                "The fours were trained on too": "Only nines were.",
+                "A four lies nearest to the nine's side of the line": "Answering 9 more readily was never punished; what looks like a 9 crosses first.",
+                "There are more fours": "There are as many of each digit in the sample.",
+            },
+        ),
+        Question(
+            "LoRA is switched off. The outputs are…",
+            "the base's, to the bit",
+            {
+                "near the base's, up to rounding": "That would be so after merging and subtracting again. Off, the stored weight itself is used.",
+                "the base's, to the bit": "The stored weights never moved, and off, they are what is used.",
+                "random": "Nothing is drawn at random here.",
+            },
+        ),
+        Question(
+            "What does LoRA as a parametrization save here?",
+            "gradients and Adam's memory of the base, and storage for each task",
+            {
+                "parameters in the network": "The network grew by 6,794.",
+                "gradients and Adam's memory of the base, and storage for each task": "That is what it saves.",
+                "computing time in every step": "A parametrization builds the whole W + ΔW at each step; only the factorised form is quick.",
+            },
+        ),
+    ))  # fmt: skip

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor, run
+from lora_helpers.course.quiz import Question, Quiz
 from lora_helpers.lora import LoRAParametrization
 
 
@@ -274,3 +275,44 @@ def compute_once(function):
     if len(calls) > 1:
         raise Wrong(None, f"The weight was computed {len(calls)} times; once is enough.")
     return "Eight batches, one computation of the weight."
+
+
+def quiz() -> Quiz:
+    """The recall quiz of notebook 3."""
+    return Quiz((
+        Question(
+            "After registering LoRA on a layer, layer.weight is…",
+            "computed anew at each access",
+            {
+                "a stored parameter": "The stored one has moved to layer.parametrizations.weight.original.",
+                "computed anew at each access": "From original, A and B; unless you are inside cached().",
+                "gone": "It is still there, but computed.",
+            },
+        ),
+        Question(
+            "The optimiser was made before add_lora. What happens in training?",
+            "Nothing is learned, and nothing raises",
+            {
+                "PyTorch raises an error": "It does not, which is what makes this bug expensive.",
+                "Nothing is learned, and nothing raises": "It holds the old parameters, which are frozen; it has never heard of A and B.",
+                "It works as usual": "It keeps the parameter objects that it was given.",
+            },
+        ),
+        Question(
+            "LoRA is switched off and you merge with leave_parametrized=True. What is left?",
+            "the base's weight; the adapter is lost",
+            {
+                "W + (α/r)·BA": "Only what is *computed at that moment* is kept, and off, that is W.",
+                "the base's weight; the adapter is lost": "Without a word. merge_lora refuses it.",
+                "an error": "PyTorch cannot know that it was not meant.",
+            },
+        ),
+        Question(
+            "You register Scaling on a weight and train. Does .original stay?",
+            "No, it is trained too, unless frozen",
+            {
+                "Yes, originals never change": "Nothing protects it but requires_grad_(False).",
+                "No, it is trained too, unless frozen": "A parametrization freezes nothing by itself.",
+            },
+        ),
+    ))  # fmt: skip

@@ -4,6 +4,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor, numbers, same
+from lora_helpers.course.quiz import Question, Quiz
 from lora_helpers.data import Mnist
 from lora_helpers.model import RichBoyNet
 
@@ -202,3 +203,45 @@ def accuracy(measure):
     if not 0 <= numbers(given).item() <= 1:
         raise Wrong(None, "A share lies between 0 and 1.")
     return "Measured on images that training never saw, and one answer for each image."
+
+
+def quiz() -> Quiz:
+    """The recall quiz of notebook 1."""
+    return Quiz((
+        Question(
+            "What is the shape of the weight of nn.Linear(784, 1000)?",
+            "(1000, 784)",
+            {
+                "(784, 1000)": "That is the order in which you name the sides; the weight stores one row for each output.",
+                "(1000, 784)": "One row for each output, one column for each input.",
+                "(1000, 785)": "The bias is a tensor of its own.",
+            },
+        ),
+        Question(
+            "Which layer of RichBoyNet holds most parameters?",
+            "linear2",
+            {
+                "linear1": "It sees the most pixels, but its two sides multiply to less.",
+                "linear2": "It joins the two wide sides: 1000 × 2000.",
+                "linear3": "It has only ten outputs.",
+            },
+        ),
+        Question(
+            "A network calls every image a 9. Which of its figures looks perfect?",
+            "the wrong answers of the digit 9",
+            {
+                "accuracy": "It is right on one image in ten.",
+                "the wrong answers of the digit 9": "None is wrong, so this figure alone proves nothing. Look at the other nine as well.",
+                "the wrong answers of the digit 4": "All of them are wrong.",
+            },
+        ),
+        Question(
+            "Why does copies = dict(net.named_parameters()) prove nothing later?",
+            "It holds the same tensors, which change with the network",
+            {
+                "It lacks the biases": "They are in it, under their own names.",
+                "It holds the same tensors, which change with the network": "Names for the same memory. detach().clone() makes memory of its own.",
+                "It holds random numbers": "It holds the parameters themselves.",
+            },
+        ),
+    ))  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor
+from lora_helpers.course.quiz import Question, Quiz
 
 
 @exercise(
@@ -202,3 +203,45 @@ def mixed_ranks(scales):
         "One scale for each layer is asked for: its own α divided by its own r.",
     )
     return "Each adapter carries its own scale, whatever the order of the layers."
+
+
+def quiz() -> Quiz:
+    """The recall quiz of notebook 2."""
+    return Quiz((
+        Question(
+            "The rank r is the number of…",
+            "rows of A and columns of B",
+            {
+                "columns of A and rows of B": "Those are the sides of the layer: in_features and out_features.",
+                "rows of A and columns of B": "The inner side, at which the two meet in BA.",
+                "layers with an adapter": "Each adapted layer has its own A and B.",
+            },
+        ),
+        Question(
+            "What does LoRA do to the weight W?",
+            "W stays whole; an update of low rank is added",
+            {
+                "It splits W into two thin matrices": "W may have full rank, and it keeps it: only the *update* is thin.",
+                "W stays whole; an update of low rank is added": "W + (α/r)·BA.",
+                "It removes the small entries of W": "That is pruning, another idea.",
+            },
+        ),
+        Question(
+            "Both A and B start random. What goes wrong?",
+            "The network is changed before the first step",
+            {
+                "Nothing is ever learned": "That is both *zero*. With both random, both receive gradients.",
+                "The network is changed before the first step": "BA is not zero, so ΔW is noise at the start.",
+                "BA has full rank": "Its rank is still at most r.",
+            },
+        ),
+        Question(
+            "α stays 1 and r grows, trained with Adam on our network. What does the norm of ΔW do?",
+            "It falls, about like 1/√r",
+            {
+                "It stays the same": "The usual sentence, and false here: see the table.",
+                "It grows with r": "It does so without the scale; α/r takes more away than the extra directions add.",
+                "It falls, about like 1/√r": "What stays nearly level is what the network *does*.",
+            },
+        ),
+    ))  # fmt: skip

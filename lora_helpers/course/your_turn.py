@@ -3,6 +3,7 @@
 import torch
 
 from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor
+from lora_helpers.course.quiz import Question, Quiz
 from lora_helpers.training import Evaluation
 
 PARAMETERS_PER_RANK = 6_794  # of A and B on the three layers of RichBoyNet
@@ -158,3 +159,44 @@ def adapter_bytes(size):
             "Count the numbers of A and B, then the bytes of each.",
         )
     return "Some 27 kB for each task at rank 1, beside 11 MB for a whole network."
+
+
+def quiz() -> Quiz:
+    """The recall quiz of notebook 5."""
+    return Quiz((
+        Question(
+            "Two adapters of rank 4 are added exactly. The sum has a rank of at most…",
+            "8",
+            {
+                "4": "Only if both happen to use the same directions.",
+                "8": "The columns of both B's are needed, and the rows of both A's.",
+                "16": "Ranks add; they do not multiply.",
+            },
+        ),
+        Question(
+            "Which best undoes forgetting at its root?",
+            "a share of the other digits among the training images",
+            {
+                "a larger α": "It makes the update larger, and the forgetting with it.",
+                "more batches of the same digit": "They push further the same way.",
+                "a share of the other digits among the training images": "Then answering the taught digit too readily is punished.",
+            },
+        ),
+        Question(
+            "What must be stored for ten tasks on one base?",
+            "one base and ten adapters",
+            {
+                "ten networks": "That is full fine-tuning.",
+                "one base and ten adapters": "And each adapter is small.",
+                "ten adapters": "An adapter is an update *to* something: without the base it says nothing.",
+            },
+        ),
+        Question(
+            "You merged an adapter and now subtract it again. Are the base's bits back?",
+            "Not surely: adding and subtracting rounds",
+            {
+                "Yes, always": "In float32 a few of the weights differ by rounding.",
+                "Not surely: adding and subtracting rounds": "Keep the base, or switch instead of merging.",
+            },
+        ),
+    ))  # fmt: skip

@@ -1,0 +1,164 @@
+"""Before a lesson: is this machine ready? One call, a table, and a plain verdict with what to do."""
+
+import html
+import importlib.metadata
+import os
+import re
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import ipywidgets as widgets
+import torch
+from jupyter_core.paths import jupyter_path
+
+from lora_helpers.cache import cache_folder
+from lora_helpers.data import Mnist, load_mnist
+from lora_helpers.finetuning import fine_tune
+from lora_helpers.training import pretrained_base
+
+PACKAGES = ("torch", "torchvision", "jupyterlab", "ipywidgets", "matplotlib", "numpy", "safetensors")
+SLOW = 3.0  # seconds for one fine-tuning, beyond which a slider is no longer pleasant to use live
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the preflight: what was looked at, what was found, whether it will do, and what to do if not."""
+
+    what: str
+    found: str
+    good: bool = True
+    advice: str = ""
+
+
+class Preflight(widgets.VBox):
+    """The checks, a verdict in words, and a box to tick: only a tick that is answered shows that widgets run.
+
+    Attributes:
+        checks: a tuple of `Check`. ready: whether all are good. verdict: a sentence or two.
+    """
+
+    def __init__(self, checks: tuple[Check, ...]):
+        self.checks, self.ready = checks, all(check.good for check in checks)
+        advice = " ".join(check.advice for check in checks if not check.good)
+        self.verdict = "Ready." if self.ready else f"Not ready. {advice}"
+        self.box = widgets.Checkbox(False, description="Tick this box: do widgets run here?", indent=False, layout=widgets.Layout(width="auto"))
+        self._answer = widgets.HTML("<output>No answer yet.</output>")
+        self.box.observe(self._ticked, names="value")
+        super().__init__([widgets.HTML(self._table()), widgets.HBox([self.box, self._answer])])
+
+    def _ticked(self, change) -> None:
+        self._answer.value = "<output><b>Yes, widgets run.</b></output>" if change["new"] else "<output>No answer yet.</output>"
+
+    def _table(self) -> str:
+        rows = "".join(
+            f'<tr><th scope="row" style="text-align: left">{html.escape(check.what)}</th><td>{"✔ good" if check.good else "✘ look here"}</td>'
+            f'<td style="text-align: left">{html.escape(check.found)}</td></tr>'
+            for check in self.checks
+        )
+        return f"<table>{rows}</table><p><b>{html.escape(self.verdict)}</b></p>"
+
+    def __repr__(self) -> str:
+        lines = [f"{'good' if check.good else 'LOOK':4} {check.what}: {check.found}" for check in self.checks]
+        return "\n".join([*lines, self.verdict])
+
+    def _repr_mimebundle_(self, **kwargs):
+        data = super()._repr_mimebundle_(**kwargs)
+        data["text/html"] = self._table()
+        return data
+
+
+def preflight() -> Preflight:
+    """Looks at versions, data, cache, cores, device, the time of one fine-tuning and the widgets, and says what to do.
+
+    The base network is trained if it is not cached yet (seconds), so that no notebook has to wait for it afterwards.
+    """
+    checks = [_versions(), _cores(), Check("device", _device())]
+    try:
+        mnist = load_mnist()
+        checks += [Check("digits", str(mnist)), _cache(), _base(mnist), _speed(mnist)]
+    except RuntimeError as error:
+        advice = "Unset LORA_MNIST to go on with the bundled sample, or set LORA_MNIST_ROOT to the folder that holds MNIST/raw."
+        checks.append(Check("digits", str(error).splitlines()[0], False, advice))
+    return Preflight((*checks, _widget_files()))
+
+
+def _versions() -> Check:
+    """Compares what is installed with the bounds that this package declares."""
+    from packaging.requirements import Requirement  # comes with jupyterlab
+
+    found, wrong = [f"Python {sys.version.split()[0]}"], []
+    for line in importlib.metadata.requires("lora-helpers") or []:
+        need = Requirement(line)
+        if need.marker and not need.marker.evaluate():
+            continue
+        try:
+            have = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{need.name} is missing")
+            continue
+        if need.name in PACKAGES:
+            found.append(f"{need.name} {have}")
+        if not need.specifier.contains(have, prereleases=True):
+            wrong.append(f"{need.name} is {have}, needed is {need.specifier}")
+    if wrong:
+        return Check("versions", "; ".join(wrong), False, "Install again with the README's first command, and start JupyterLab with it.")
+    return Check("versions", ", ".join(found))
+
+
+def _cores() -> Check:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Check("processor cores", f"{usable} usable, {torch.get_num_threads()} used by PyTorch")
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return f"CPU; there is a GPU too ({torch.cuda.get_device_name()}): move the network with net.to('cuda') if you like"
+    return "CPU, which is all that the notebooks need"
+
+
+def _cache() -> Check:
+    folder = cache_folder()
+    near = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if os.access(near, os.W_OK):
+        return Check("cache folder", _short(folder))
+    return Check("cache folder", f"{_short(folder)}, read-only: what it holds is used, nothing is added")
+
+
+def _base(mnist: Mnist) -> Check:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start = time.perf_counter()
+        pretrained_base(mnist, progress=False)
+        took = time.perf_counter() - start
+    if caught:
+        advice = "Set LORA_CACHE to a folder that you may write to; otherwise each notebook trains its base anew."
+        return Check("base network", f"ready in {took:.1f} s, but not cached", took < 5, advice)
+    return Check("base network", f"ready in {took:.1f} s")
+
+
+def _speed(mnist: Mnist) -> Check:
+    base = pretrained_base(mnist, progress=False)
+    times = []
+    for seed in range(2):  # the first one warms up
+        start = time.perf_counter()
+        fine_tune(base, mnist, seed=seed)
+        times.append(time.perf_counter() - start)
+    advice = "Close what else runs here, or show the stored notebook and train before the lesson (notebooks/TEACHING.md, “A slow machine”)."
+    return Check("one fine-tuning, 100 batches and a test", f"{min(times):.1f} s", min(times) <= SLOW, advice)
+
+
+def _widget_files() -> Check:
+    places = [Path(folder) / "labextensions" / "@jupyter-widgets" / "jupyterlab-manager" for folder in jupyter_path()]
+    if any(place.is_dir() for place in places):
+        return Check("widgets", "their part of JupyterLab is installed; the box below shows whether they run")
+    return Check(
+        "widgets", "their part of JupyterLab is missing", False,
+        "Install ipywidgets where JupyterLab runs, reload the page, and run this cell again.",
+    )  # fmt: skip
+
+
+def _short(folder: Path) -> str:
+    return re.sub(f"^{re.escape(str(Path.home()))}(?=/|\\\\|$)", "~", str(folder))

@@ -1,0 +1,36 @@
+"""A look for the back row: large type in pictures, widgets and text."""
+
+from IPython.display import HTML, DisplayHandle
+
+from lora_helpers import plots
+
+PICTURES = 1.35  # times the usual type
+_STYLE = """<style>
+:root, body {
+  --jp-content-font-size0: 16px !important; --jp-content-font-size1: 20px !important; --jp-code-font-size: 19px !important;
+  --jp-widgets-font-size: 20px !important; --jp-widgets-inline-height: 38px !important; --jp-widgets-radio-item-height-adjustment: 6px !important;
+}
+.jp-RenderedHTMLCommon, .widget-html-content, .widget-label, .widget-dropdown select, .widget-text input, .widget-radio-box label,
+.widget-readout, .widget-checkbox, .jupyter-button, .jp-OutputArea-output pre { font-size: 20px !important; line-height: 1.45 !important; }
+.jupyter-widgets input[type="checkbox"], .widget-radio-box input { transform: scale(1.4); }
+</style>Large type is on; <code>projector_mode(False)</code> takes it back."""
+_shown = []
+
+
+def projector_mode(on: bool = True) -> None:
+    """Switches pictures, widgets and text to large type, or back.
+
+    Pictures drawn from now on are large, those of widgets at their next move. Text and widgets change at once, in this
+    browser tab, until the tab is reloaded or the call is taken back.
+
+    Raises:
+        TypeError: `on` is not a bool.
+    """
+    if not isinstance(on, bool):
+        raise TypeError(f"on is {on!r}; it must be True or False.")
+    plots.set_type_scale(PICTURES if on else 1.0)
+    while _shown:
+        _shown.pop().update(HTML(""))
+    if on:
+        _shown.append(DisplayHandle())
+        _shown[0].display(HTML(_STYLE))
