@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch.nn.utils import parametrize
 
-from lora_helpers import RichBoyNet, add_lora, factorised, freeze_base, set_lora_enabled
+from lora_helpers import (
+    RichBoyNet,
+    add_lora,
+    factorised,
+    freeze_base,
+    load_mnist,
+    only_digit,
+    set_lora_enabled,
+    side_by_side,
+    train,
+    train_side_by_side,
+)
 
 
 def adapted(rank, alpha):
@@ -77,3 +88,35 @@ def test_a_copy_made_inside_is_a_network_of_its_own():
         for parameter in net.parameters():
             parameter.zero_()
     assert twin(images).any()
+
+
+def test_side_by_side_ends_where_one_at_a_time_does():
+    digits = only_digit(load_mnist("sample").train, 9)
+    torch.manual_seed(0)
+    base = RichBoyNet(30, 40)
+    together = [freeze_base(add_lora(copy.deepcopy(base), rank=rank)) for rank in (1, 4)]
+    alone = copy.deepcopy(together)
+    train_side_by_side(together, digits, max_batches=8, seed=0)
+    for net, twin in zip(together, alone):
+        train(twin, digits, max_batches=8, seed=0, progress=False)
+        for (name, p), q in zip(net.named_parameters(), twin.parameters()):
+            assert torch.allclose(p, q, rtol=1e-3, atol=1e-5), name
+        assert "forward" not in vars(net.linear1)
+
+
+def test_side_by_side_refuses_networks_of_different_bases():
+    nets = [add_lora(RichBoyNet(30, 40)), add_lora(RichBoyNet(30, 40))]
+    with pytest.raises(ValueError, match="copies of one base"), side_by_side(nets):
+        pass
+    with pytest.raises(ValueError, match="copies of one base"), side_by_side([RichBoyNet(30, 40)]):
+        pass
+
+
+def test_training_steps_are_those_of_pytorchs_adam():
+    digits = load_mnist("sample").train
+    torch.manual_seed(0)
+    net = RichBoyNet(30, 40)
+    twin = copy.deepcopy(net)
+    losses = train(net, digits, max_batches=20, seed=0, progress=False)
+    assert losses == train(twin, digits, max_batches=20, seed=0, progress=False, optimizer_class=torch.optim.Adam)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters()))
