@@ -47,8 +47,9 @@ def load_mnist(source: str | None = None, root: str | os.PathLike | None = None)
             digit to train, 200 to test; or "full", MNIST's 60,000 and 10,000. Default: the
             environment variable LORA_MNIST, else "sample".
         root: for "full", the folder that holds, or is to hold, `MNIST/raw`. Default: the
-            environment variable LORA_MNIST_ROOT, else a cache folder. Files missing there
-            are downloaded by torchvision.
+            environment variable LORA_MNIST_ROOT (a relative one counts from the current folder,
+            or the nearest above it that has the files), else a cache folder. Files missing
+            there are downloaded by torchvision.
 
     Raises:
         ValueError: `source` is neither "sample" nor "full".
@@ -61,8 +62,7 @@ def load_mnist(source: str | None = None, root: str | os.PathLike | None = None)
     if source == "sample":
         return _load_sample()
     if source == "full":
-        root = root or os.environ.get("LORA_MNIST_ROOT") or cache_folder() / "mnist"
-        return _load_full(Path(root))
+        return _load_full(Path(root) if root else _usual_root())
     raise ValueError(
         f"source is {source!r}; allowed are 'sample' (5,000 bundled images) and 'full' (70,000). "
         "Pass one of them to load_mnist, or set LORA_MNIST to it."
@@ -136,6 +136,15 @@ def _load_full(root: Path) -> Mnist:
         socket.setdefaulttimeout(previous)
     train, test = (_normalised(part.data, part.targets) for part in parts)
     return Mnist(train, test, "full")
+
+
+def _usual_root() -> Path:
+    named = os.environ.get("LORA_MNIST_ROOT")
+    if not named:
+        return cache_folder() / "mnist"
+    # A notebook runs in its own folder, which is not the one where the variable was set.
+    places = [folder / named for folder in (Path.cwd(), *Path.cwd().parents)]
+    return next((place for place in places if _is_complete(place)), places[0])
 
 
 def _is_complete(root: Path) -> bool:

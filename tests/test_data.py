@@ -123,3 +123,12 @@ def test_only_digit_of_nothing():
         only_digit(only_digit(load_mnist().test, 3), 9)
     with pytest.raises(TypeError, match="TensorDataset"):
         only_digit([1, 2, 3], 9)
+
+
+def test_a_relative_root_also_counts_from_the_folders_above(full_mnist_root, monkeypatch, tmp_path):
+    notebooks = tmp_path / "project" / "notebooks"
+    notebooks.mkdir(parents=True)
+    (tmp_path / "digits").symlink_to(full_mnist_root.resolve())
+    monkeypatch.chdir(notebooks)
+    monkeypatch.setenv("LORA_MNIST_ROOT", "../digits")  # as given in the project's folder
+    assert len(load_mnist("full").test) == 10_000
