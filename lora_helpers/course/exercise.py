@@ -125,7 +125,7 @@ class Exercise:
         return Words(f"**One solution.** {self._reason}\n\n```python\n{self.solution_code}\n```")
 
     def _not_attempted(self) -> Verdict:
-        return Verdict(NOT_ATTEMPTED, "Put your answer in place of the `...`, run both cells, and this line will judge it.")
+        return Verdict(NOT_ATTEMPTED, "Put your answer in place of the `...` and run the cell again.")
 
     def __repr__(self) -> str:
         return f"Exercise {self.__name__}: {self.__doc__} Call .check(answer), .hint() or .solution()."
