@@ -1,6 +1,6 @@
 """The chores behind the LoRA notebooks.
 
-cache → data → model → lora → factorisation → training → plots → explorer: each module imports only from those before it.
+cache → data → model → lora → factorisation → training → finetuning → plots → widgets: each module imports only from those before it.
 """
 
 import importlib
@@ -23,17 +23,26 @@ _MODULE_OF = {
     "remove_lora": "lora",
     "set_lora_enabled": "lora",
     "factorised": "factorisation",
+    "side_by_side": "factorisation",
     "Evaluation": "training",
     "evaluate": "training",
     "pretrained_base": "training",
     "train": "training",
+    "train_side_by_side": "training",
     "plot_confusion": "plots",
     "plot_losses": "plots",
     "plot_wrong_counts": "plots",
     "show_digits": "plots",
-    "FineTuning": "explorer",
-    "LoRAExplorer": "explorer",
-    "fine_tune": "explorer",
+    "FineTuning": "finetuning",
+    "LoRAExplorer": "widgets.explorer",
+    "fine_tune": "finetuning",
+    "PredictChoice": "course.predict",
+    "PredictNumber": "course.predict",
+    "PredictRanking": "course.predict",
+    "Question": "course.quiz",
+    "Quiz": "course.quiz",
+    "preflight": "course.preflight",
+    "projector_mode": "course.projector",
 }
 __all__ = sorted(_MODULE_OF)
 

@@ -1,9 +1,17 @@
-"""The explorer without a browser: controls in, results and text out."""
+"""The explorer without a browser: controls in, results, text and pictures out."""
+
+import base64
+import threading
+import time
 
 import pytest
 import torch
+from traitlets import TraitError
 
-from lora_helpers import LoRAExplorer, evaluate, load_mnist, pretrained_base
+import lora_helpers.finetuning
+from lora_helpers import LoRAExplorer, add_lora, evaluate, load_mnist, pretrained_base
+from lora_helpers.finetuning import Settings
+from lora_helpers.widgets.explorer import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -16,34 +24,164 @@ def base(mnist):
     return pretrained_base(mnist, progress=False)
 
 
+@pytest.fixture
+def explorer(base, mnist):
+    return LoRAExplorer(base, mnist)
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Counts the trainings."""
+    calls, real = [], lora_helpers.finetuning.train
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(lora_helpers.finetuning, "train", counted)
+    return calls
+
+
+def pictured(explorer):
+    """The picture that the browser is given."""
+    return base64.b64decode(explorer._image.value.split("base64,")[1].split('"')[0])
+
+
 def test_slider_and_switch_act_on_a_real_network(base, mnist):
     before = evaluate(base, mnist.test)
     state = torch.get_rng_state()
     explorer = LoRAExplorer(base, mnist)
-    assert explorer.summary.startswith("LoRA on · rank 1 · α 1 · ")
-    assert explorer.result.trainable == 6_794
+    assert explorer.summary.startswith("LoRA on · rank 1 · α 1 · 100 batches of digit 9 · ")
+    assert explorer.result.trainable == 6_794 and explorer.summary.endswith("seed 0, just trained")
     assert torch.equal(explorer.result.off.confusion, before.confusion)
-    explorer.rank_slider.set_state({"index": 2})  # the path a move in the browser takes
+    explorer.rank_slider.set_state({"value": 4.0})  # the path a move in the browser takes
+    assert explorer.rank == explorer.rank_field.value == 4
     assert explorer.summary.startswith("LoRA on · rank 4 · α 1 · ") and explorer.result.trainable == 4 * 6_794
-    remembered = explorer.result
-    explorer.switch.value = False
+    remembered, on = explorer.result, pictured(explorer)
+    explorer.switch.set_state({"value": False})
     assert explorer.summary.startswith("LoRA off · rank 4") and explorer.result is remembered
+    assert explorer.summary.endswith("seed 0, remembered")
+    assert pictured(explorer) != on
+    explorer.enabled = True
+    assert pictured(explorer) == on
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(evaluate(base, mnist.test).confusion, before.confusion), "the given base is left alone"
 
 
-def test_an_error_is_seen_and_the_widget_stays_usable(base, mnist, monkeypatch):
-    explorer = LoRAExplorer(base, mnist)
+def test_the_summary_speaks_of_the_network_as_it_is_switched(explorer):
+    off, on = explorer.result.off, explorer.result.on
+    wrong, others = (sum(r.wrong_counts[:9]) for r in (off, on))
+    assert f"9 wrong {off.wrong_counts[9]} → {on.wrong_counts[9]} (" in explorer.summary
+    assert f"others wrong {wrong} → {others} (" in explorer.summary
+    assert f"accuracy {off.accuracy:.1%} → {on.accuracy:.1%}" in explorer.summary
+    assert "6,794 trained parameters (0.24% of the base)" in explorer.summary
+    explorer.enabled = False
+    assert f"others wrong {wrong} → {wrong} (±0)" in explorer.summary
+    assert f"accuracy {off.accuracy:.1%} → {off.accuracy:.1%}" in explorer.summary
+
+
+def test_twenty_moves_at_once_train_at_most_twice(explorer, monkeypatch):
+    real, entered, go_on = lora_helpers.finetuning.train, threading.Event(), threading.Event()
+    trained = []
+
+    def slow(*args, **kwargs):
+        trained.append(explorer.rank)
+        entered.set()
+        assert go_on.wait(60)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(lora_helpers.finetuning, "train", slow)
+    moves = [threading.Thread(target=setattr, args=(explorer.rank_slider, "value", float(2 + n))) for n in range(20)]
+    moves[0].start()
+    assert entered.wait(60)
+    for move in moves[1:]:
+        move.start()
+    deadline = time.monotonic() + 60
+    while explorer.rank != 21:
+        assert time.monotonic() < deadline, "a move was lost while another was at work"
+        time.sleep(0.01)
+    go_on.set()
+    for move in moves:
+        move.join(60)
+    assert len(trained) <= 2 and explorer.result.settings.rank == explorer.rank
+    assert explorer.summary.startswith(f"LoRA on · rank {explorer.rank} ") and not explorer.status
+
+
+def test_scrubbing_through_the_batches_trains_no_more(explorer, trainings):
+    for batches in (50, 0, 100, 50):
+        explorer.batches_slider.set_state({"index": lora_helpers.finetuning.STOPS.index(batches)})
+        assert explorer.result.settings.batches == explorer.batches_field.value == batches
+    assert not trainings and explorer.origin == "remembered"
+    explorer.batches = 0
+    assert torch.equal(explorer.result.on.predictions, explorer.result.off.predictions)
+    assert set(explorer.result.norms.values()) == {0}
+    explorer.batches = 200
+    assert len(trainings) == 1 and explorer.origin == "just trained"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_one_click_and_one_training(explorer, trainings, name):
+    explorer.rank = 2
+    trainings.clear()
+    explorer.preset_buttons[name].click()
+    assert explorer.result.settings == explorer.settings == PRESETS[name][0]
+    assert explorer.rank_slider.value == explorer.rank and explorer.share_slider.value == explorer.share
+    assert len(trainings) <= 1 and explorer.proofs and all(explorer.proofs.values())
+
+
+def test_what_the_presets_are_to_show(explorer):
+    shown = {}
+    for name, (settings, _) in PRESETS.items():
+        explorer.apply(settings)
+        shown[name] = explorer.result
+    default, unscaled, rehearsed = shown.values()
+    assert unscaled.on.wrong_counts[9] <= 2 and unscaled.on.accuracy < 0.5, "everything is called a 9"
+    assert default.on.wrong_counts[9] < default.off.wrong_counts[9]
+    assert len(rehearsed.broken) < len(default.broken) / 2 and rehearsed.on.accuracy > default.on.accuracy
+
+
+def test_an_error_is_seen_and_the_widget_stays_usable(explorer, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("lora_helpers.explorer.train", lambda *args, **kwargs: 1 / 0)
-        explorer.rank_slider.value = 8
-        assert "division by zero" in explorer._status.value
-    explorer.rank_slider.value = 2
-    assert explorer.result.rank == 2 and not explorer._status.value
+        patch.setattr("lora_helpers.finetuning.train", lambda *args, **kwargs: 1 / 0)
+        explorer.rank_field.value = 8
+        assert "division by zero" in explorer.status and explorer.status in explorer._trouble.value
+        assert explorer.summary.startswith("LoRA on · rank 1 "), "the picture and its text stay together"
+    explorer.rank = 2
+    assert explorer.result.settings.rank == 2 and not explorer.status and not explorer._trouble.value
+    explorer.rank = 8
+    assert explorer.result.settings.rank == 8, "what failed once is tried again"
 
 
-def test_a_static_picture_and_its_text_stand_in(base, mnist):
-    explorer = LoRAExplorer(base, mnist)
+@pytest.mark.parametrize("trait, value", [("rank", 65), ("rank", 0), ("alpha", 0.01), ("batches", 37), ("digit", 10), ("share", 0.3)])
+def test_values_out_of_range_are_refused_and_change_nothing(explorer, trait, value):
+    before = explorer.settings
+    with pytest.raises(TraitError):
+        setattr(explorer, trait, value)
+    assert explorer.settings == before and explorer.result.settings == before
+
+
+def test_bad_arguments(base, mnist):
+    with pytest.raises(TypeError, match="'ranks' is no setting"):
+        LoRAExplorer(base, mnist, ranks=3)
+    with pytest.raises(ValueError, match="already has LoRA"):
+        LoRAExplorer(add_lora(pretrained_base(mnist, progress=False)), mnist)
+
+
+def test_settings_given_at_the_start(base, mnist):
+    explorer = LoRAExplorer(base, mnist, rank=3, digit=4, enabled=False)
+    assert explorer.result.settings == Settings(rank=3, digit=4)
+    assert explorer.summary.startswith("LoRA off · rank 3 · α 1 · 100 batches of digit 4")
+
+
+def test_a_static_picture_and_its_text_stand_in(explorer):
     data, metadata = explorer._repr_mimebundle_()
-    assert data["image/png"] and "application/vnd.jupyter.widget-view+json" in data
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in data
     assert metadata["image/png"]["alt"] == explorer.summary
+    assert data["text/plain"] == "LoRAExplorer: run this notebook to use its controls"
+
+
+def test_every_control_has_a_label_and_a_description(explorer):
+    fields = [explorer.rank_field, explorer.alpha_field, explorer.batches_field, explorer.share_field, explorer.digit_field,
+              explorer.seed_field, explorer.switch, *explorer.preset_buttons.values()]  # fmt: skip
+    assert all(field.description and field.tooltip for field in fields)
+    assert f'alt="{explorer.summary}"' in explorer._image.value and explorer.summary in explorer._text.value
