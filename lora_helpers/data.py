@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from lora_helpers.cache import cache_folder
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to [0, 1]
-SAMPLE_TRAIN_PER_DIGIT = 300  # of 500; why 300/200 and four epochs: README, "What you will see"
+SAMPLE_TRAIN_PER_DIGIT = 300  # of 500; why 300/200 and three epochs: README, "What you will see"
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer before a download gives up
 
 
@@ -32,8 +32,8 @@ class Mnist:
 
     @property
     def pretraining_epochs(self) -> int:
-        """Passes over `train` that make a good base: 4 on the small sample, 1 on full MNIST."""
-        return {"sample": 4, "full": 1}[self.source]
+        """Passes over `train` that make a good base: 3 on the small sample, 1 on full MNIST."""
+        return {"sample": 3, "full": 1}[self.source]
 
     def __repr__(self) -> str:
         return f"Mnist({self.source}: {len(self.train):,} training and {len(self.test):,} test images)"
