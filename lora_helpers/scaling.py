@@ -1,16 +1,17 @@
 """What the scale α/r does, measured: small experiments, each a function that returns a plain table.
 
-`python -m lora_helpers.scaling` prints the tables over more seeds than notebook 2 has time for; add `--full` for
-the full MNIST (`--root FOLDER` where its files are at hand).
+`uv run python -m lora_helpers.scaling` prints the tables of notebook 2; add `--full` for the full MNIST (`--root FOLDER`
+where its files are at hand) and `--seeds N`. The result of `--full` is stored in scaling_full_mnist.txt.
 """
 
 import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import mean, stdev
 
 import torch
@@ -21,15 +22,16 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from lora_helpers.data import Mnist, as_tensors, load_mnist, only_digit
-from lora_helpers.factorisation import factorised
+from lora_helpers.factorisation import factorised, side_by_side
 from lora_helpers.lora import LoRAParametrization, add_lora, count_parameters, freeze_base, lora_layers
 from lora_helpers.model import RichBoyNet
 from lora_helpers.training import evaluate, pretrained_base, train
 
 # The factor on B A as the rank grows: none, that of rsLoRA, that of LoRA. All agree at rank 1.
-RULES = {"1": lambda rank: 1.0, "1/√r": lambda rank: rank**-0.5, "1/r": lambda rank: 1 / rank}
+RULES = {"α": lambda rank: 1.0, "α/√r": lambda rank: rank**-0.5, "α/r": lambda rank: 1 / rank}
 OPTIMIZERS = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
 STARTS = {"normal": "A ~ N(0, 1)", "kaiming": "A ~ Kaiming-uniform"}
+TOGETHER = 10  # adapters trained side by side
 WEIGHTS = ("linear1", "linear2", "linear3")
 
 
@@ -187,7 +189,7 @@ class Setting:
 
     rank: int = 1
     alpha: float = 1.0
-    rule: str = "1/r"
+    rule: str = "α/r"
     optimizer: str = "Adam"
     lr: float = 1e-3
     start: str = "normal"
@@ -225,43 +227,45 @@ def start_lora(base: nn.Module, setting: Setting) -> nn.Module:
     return freeze_base(net)
 
 
-def run(
+def sweep(
     base: nn.Module,
     mnist: Mnist,
-    setting: Setting,
+    settings: Iterable[Setting],
     *,
     batches: int = 100,
     at: Iterable[int] = (),
     directions: dict[str, torch.Tensor] | None = None,
     digit: int = 9,
-) -> Run:
-    """Fine-tunes a copy of `base` on one digit, batches of 10, and tests it.
+    progress: bool = True,
+) -> list[Run]:
+    """Fine-tunes a copy of `base` on one digit for each setting, in batches of 10, and tests it; with a progress bar.
+
+    Several are trained side by side, each as if alone. Settings of one scale (as all rules at rank 1) are run once.
 
     Args:
         at: after which batches ΔW is measured, besides the last.
         directions: D for each layer, of the weight's shape.
     """
-    net = start_lora(base, setting)
-    adapters = _adapters(net)
-    wanted, sizes = {*at, batches}, {}
+    settings = list(settings)
+    alike = [replace(setting, rule="α", alpha=setting.scale) for setting in settings]
+    distinct, done, wanted = list(dict.fromkeys(alike)), {}, {*at, batches}
+    with tqdm(total=len(distinct), disable=not progress, unit="run") as bar:
+        for first in range(0, len(distinct), TOGETHER):
+            chunk = distinct[first : first + TOGETHER]
+            nets = [start_lora(base, setting) for setting in chunk]
+            sizes = [{} for _ in chunk]
 
-    def measure(done: int) -> None:
-        if done in wanted:
-            sizes[done] = {name: _size(adapter, (directions or {}).get(name)) for name, adapter in adapters.items()}
+            def measure(batch: int) -> None:
+                if batch in wanted:
+                    for net, size in zip(nets, sizes):
+                        size[batch] = {name: _size(adapter, (directions or {}).get(name)) for name, adapter in _adapters(net).items()}
 
-    losses = _train(net, only_digit(mnist.train, digit), setting, batches, measure)
-    result = evaluate(net, mnist.test)
-    return Run(setting, sizes, result.wrong_counts[digit], result.accuracy, math.isfinite(losses[-1]))
-
-
-def sweep(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], *, progress: bool = True, **options) -> list[Run]:
-    """`run` for each setting, with a progress bar. Settings with one scale (as all rules at rank 1) are run once."""
-    settings, done = list(settings), {}
-    for setting in tqdm(settings, disable=not progress, unit="run"):
-        same = replace(setting, rule="1", alpha=setting.scale)
-        if same not in done:
-            done[same] = run(base, mnist, setting, **options)
-    return [replace(done[replace(s, rule="1", alpha=s.scale)], setting=s) for s in settings]
+            losses = _train_together(nets, chunk, only_digit(mnist.train, digit), batches, measure)
+            for setting, net, size, own in zip(chunk, nets, sizes, losses):
+                result = evaluate(net, mnist.test)
+                done[setting] = Run(setting, size, result.wrong_counts[digit], result.accuracy, math.isfinite(own[-1]))
+                bar.update()
+    return [replace(done[key], setting=setting) for key, setting in zip(alike, settings)]
 
 
 def ladder(
@@ -316,9 +320,26 @@ def with_updates(base: nn.Module, updates: dict[str, torch.Tensor]) -> nn.Module
 
 
 def best_low_rank(matrix: torch.Tensor, ranks: Iterable[int]) -> dict[int, torch.Tensor]:
-    """The nearest matrix of each rank, in the Frobenius norm: the singular value decomposition cut off (Eckart and Young, 1936)."""
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    return {rank: (u[:, :rank] * s[:rank]) @ v[:rank] for rank in ranks}
+    """The nearest matrix of each rank, in the Frobenius norm: the singular value decomposition M = U S Vᵀ, cut off.
+
+    Cut after r values it is M V Vᵀ with the first r columns of V, which are the eigenvectors of MᵀM.
+
+    Source: Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1 (1936).
+    """
+    tall = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
+    v = torch.linalg.eigh(tall.T @ tall).eigenvectors.flip(1)
+    parts = {rank: (tall @ v[:, :rank] @ v[:, :rank].T).to(matrix.dtype) for rank in ranks}
+    return parts if tall.shape == matrix.shape else {rank: part.T for rank, part in parts.items()}
+
+
+def spectra(base: nn.Module, updates: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """By layer, the singular values, largest first, of "ΔW", of "W" and of a "random" matrix of the same shape."""
+    generator = torch.Generator().manual_seed(0)
+    table = {}
+    for name, delta in updates.items():
+        matrices = {"ΔW": delta, "W": base.get_submodule(name).weight.detach(), "random": torch.randn(delta.shape, generator=generator)}
+        table[name] = {kind: torch.linalg.svdvals(matrix) for kind, matrix in matrices.items()}
+    return table
 
 
 # ---------------------------------------------------------------- α against the learning rate
@@ -366,19 +387,18 @@ def shuffled_pixels(mnist: Mnist, seed: int = 0) -> Mnist:
     return Mnist(*parts, mnist.source)
 
 
-def learning_curves(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], *, batches: int = 300, progress: bool = True) -> list[Curve]:
-    """Trains on all digits of `mnist` for many batches, one curve for each setting."""
-    curves = []
-    for setting in tqdm(list(settings), disable=not progress, unit="run"):
-        net = start_lora(base, setting)
-        adapters, gradients = _adapters(net).values(), []
+def learning_curves(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], *, batches: int = 300) -> list[Curve]:
+    """Trains on all digits of `mnist` for many batches, all settings side by side; one curve for each."""
+    settings = list(settings)
+    nets = [start_lora(base, setting) for setting in settings]
+    gradients = [[] for _ in settings]
 
-        def measure(done: int) -> None:
-            gradients.append(_norm_of([p.grad for adapter in adapters for p in adapter.parameters()]))
+    def measure(batch: int) -> None:
+        for net, own in zip(nets, gradients):
+            own.append(_norm_of([p.grad for adapter in _adapters(net).values() for p in adapter.parameters()]))
 
-        losses = _train(net, mnist.train, setting, batches, measure)
-        curves.append(Curve(setting, losses, gradients, evaluate(net, mnist.test).accuracy))
-    return curves
+    losses = _train_together(nets, settings, mnist.train, batches, measure)
+    return [Curve(*parts, evaluate(net, mnist.test).accuracy) for *parts, net in zip(settings, losses, gradients, nets)]
 
 
 # ---------------------------------------------------------------- what it costs
@@ -431,10 +451,38 @@ def _adapters(net: nn.Module) -> dict[str, LoRAParametrization]:
     return {name: adapters[0] for name, adapters in lora_layers(net).items()}
 
 
-def _train(net: nn.Module, dataset: TensorDataset, setting: Setting, batches: int, after_batch: Callable[[int], None]) -> list[float]:
-    optimizer_class = _choice("optimizer", setting.optimizer, OPTIMIZERS)
-    options = {"max_batches": batches, "lr": setting.lr, "seed": setting.seed, "after_batch": after_batch}
-    return train(net, dataset, progress=False, optimizer_class=optimizer_class, **options)
+def _train_together(
+    nets: Sequence[nn.Module], settings: Sequence[Setting], dataset: TensorDataset, batches: int, after_batch: Callable[[int], None]
+) -> list[list[float]]:
+    """Trains each of `nets` by its own setting, on its own order of the images; the losses of each are returned."""
+    images, labels = as_tensors(dataset)
+    parts = [[p for p in net.parameters() if p.requires_grad] for net in nets]
+    device = parts[0][0].device
+    images, labels = images.to(device), labels.to(device)
+    groups: dict[str, list] = {}
+    for own, setting in zip(parts, settings):
+        groups.setdefault(setting.optimizer, []).append({"params": own, "lr": setting.lr})
+    optimizers = [_choice("optimizer", name, OPTIMIZERS)(group, fused=True) for name, group in groups.items()]
+    losses = torch.zeros(batches, len(nets), device=device)
+    orders = zip(*(_order(len(labels), setting.seed) for setting in settings))
+    with side_by_side(nets) as together:
+        for batch, chosen in zip(range(batches), orders):
+            rows = torch.cat(chosen).to(device)
+            each = F.cross_entropy(together(images[rows]), labels[rows], reduction="none").view(len(nets), -1).mean(dim=1)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            each.sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            losses[batch] = each.detach()
+            after_batch(batch + 1)
+    return losses.T.tolist()
+
+
+def _order(size: int, seed: int, batch_size: int = 10) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(size, generator=generator).split(batch_size)
 
 
 def _exact(optimizer: str) -> Callable[..., torch.optim.Optimizer]:
@@ -466,6 +514,22 @@ def _choice(name: str, value: str, allowed: dict):
 # ---------------------------------------------------------------- all of it, on the command line
 
 
+RESULT = Path(__file__).with_name("scaling_full_mnist.txt")
+
+
+def stored_result(title: str) -> str:
+    """From the stored result on the full MNIST: how it was made, and the part that begins with `title`.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    head, *parts = RESULT.read_text(encoding="utf-8").strip().split("\n\n")
+    for part in parts:
+        if part.startswith(title):
+            return f"{head}\n\n{part}"
+    raise ValueError(f"title is {title!r}; the parts begin with: {'; '.join(part.splitlines()[0] for part in parts)}.")
+
+
 def main() -> None:
     """Prints the tables of notebook 2 with more seeds, on the sample or on the full MNIST."""
     parser = argparse.ArgumentParser(prog="python -m lora_helpers.scaling", description=main.__doc__)
@@ -476,6 +540,7 @@ def main() -> None:
     mnist = load_mnist("full" if options.full else "sample", root=options.root)
     base = pretrained_base(mnist)
     before = evaluate(base, mnist.test)
+    print(f"uv run python -m lora_helpers.scaling{' --full' * options.full} --seeds {options.seeds} (torch {torch.__version__.split('+')[0]})")
     print(f"{mnist}\nbase: nines wrong {before.wrong_counts[9]}, accuracy {before.accuracy:.3f}")
 
     for title, gradient in (("random G of rank 10", low_rank_gradient()), ("G of the network", weight_gradient(base, only_digit(mnist.train, 9)))):
@@ -489,7 +554,7 @@ def main() -> None:
     for common in ({}, {"optimizer": "SGD", "lr": 1e-2}, {"start": "kaiming"}):
         runs = sweep(base, mnist, ladder(seeds=range(options.seeds), **common), at=(1, 5, 25), directions=directions)
         print(f"\n{runs[0].setting.optimizer}, {STARTS[runs[0].setting.start]}, learning rate {runs[0].setting.lr:g}, {options.seeds} seeds")
-        print("exponent of r in ‖ΔW‖ after 1, 5, 25 and 100 batches")
+        print("exponent of r in ‖ΔW‖ after 1 · 5 · 25 · 100 batches")
         for layer in WEIGHTS:
             slopes = [norm_slopes(runs, layer, batches) for batches in (1, 5, 25, 100)]
             for rule in RULES:

@@ -8,27 +8,25 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 
 import torch
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from lora_helpers.plots import AFTER, BEFORE, Picture
 from lora_helpers.scaling import WEIGHTS, Cost, Curve, FirstStep, Run, break_even_rank, norm_slopes
 
 THIRD = "#009E73"
-_STYLE = {"1": (THIRD, "^", ":"), "1/√r": (AFTER, "s", "--"), "1/r": (BEFORE, "o", "-")}
-_NAMES = {"1": "no scale (α = r)", "1/√r": "α/√r", "1/r": "α/r"}
+_STYLE = {"α": (THIRD, "^", ":"), "α/√r": (AFTER, "s", "--"), "α/r": (BEFORE, "o", "-")}
+_NAMES = {"α": "no scale (α = r)", "α/√r": "α/√r", "α/r": "α/r"}
 
 
-def plot_spectra(updates: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> Picture:
-    """Singular values, divided by the largest, of ΔW, of W and of a random matrix of the same shape, layer by layer."""
+def plot_spectra(spectra: dict[str, dict[str, torch.Tensor]]) -> Picture:
+    """Singular values, divided by the largest, layer by layer; as `scaling.spectra` returns them."""
     figure = Picture("", figsize=(9, 3))
     said = []
-    for axes, (name, delta) in zip(figure.subplots(1, len(updates), sharey=True), updates.items()):
-        random = torch.randn(delta.shape, generator=torch.Generator().manual_seed(0))
-        curves = (("ΔW of full fine-tuning", delta, BEFORE, "-"), ("W", weights[name], AFTER, "--"), ("random", random, THIRD, ":"))
-        for label, matrix, color, line in curves:
-            values = torch.linalg.svdvals(matrix)
-            axes.semilogy(range(1, len(values) + 1), values / values[0], line, color=color, label=label, linewidth=2)
+    for axes, (name, kinds) in zip(figure.subplots(1, len(spectra), sharey=True), spectra.items()):
+        for (kind, values), (color, _, line) in zip(kinds.items(), reversed(_STYLE.values())):
+            axes.semilogy(range(1, len(values) + 1), values / values[0], line, color=color, label=kind, linewidth=2)
             share = (values[:10].square().sum() / values.square().sum()).item()
-            said.append(f"{name}, {label}: the ten largest hold {share:.0%} of the squares")
+            said.append(f"{name}, {kind}: the ten largest hold {share:.0%} of the squares")
         axes.set(title=name, xlabel="number of the singular value", xscale="log", ylim=(1e-4, 1.5))
     axes.legend(frameon=False, fontsize=8)
     figure.axes[0].set_ylabel("singular value / largest")
@@ -72,7 +70,7 @@ def plot_first_steps(table: Sequence[FirstStep], quantity: str) -> Picture:
     return figure
 
 
-def plot_exponents(groups: dict[str, Sequence[Run]], rule: str = "1/r") -> Picture:
+def plot_exponents(groups: dict[str, Sequence[Run]], rule: str = "α/r") -> Picture:
     """The exponent of r in ‖ΔW‖ as training goes on, for each layer; one line for each group of runs."""
     figure = Picture("", figsize=(9, 3))
     said = []
@@ -97,7 +95,7 @@ def plot_by_rank(runs: Sequence[Run], layer: str = "linear2", before: tuple[int,
         (f"‖ΔW‖ of {layer}", lambda r: r.final[layer].norm), ("nines wrong", lambda r: r.wrong), ("accuracy", lambda r: r.accuracy)
     ]  # fmt: skip
     figure = _panels(runs, panels)
-    figure.axes[0].set_yscale("log")
+    _plain_log(figure.axes[0])
     figure.axes[2].set_ylim(0, 1)
     for axes, value in zip(figure.axes[1:], before or ()):
         axes.axhline(value, color="0.4", linestyle="-.", linewidth=1, label="base")
@@ -113,7 +111,7 @@ def plot_along(runs: Sequence[Run], layer: str = "linear2") -> Picture:
         ("its share (cosine)", lambda r: r.final[layer].along / r.final[layer].norm),
     ]
     figure = _panels(runs, panels)
-    figure.axes[0].set_yscale("log")
+    _plain_log(figure.axes[0])
     for axes in figure.axes[1:]:
         axes.set_ylim(0, None)
     figure.axes[-1].legend(frameon=False, fontsize=8)
@@ -170,7 +168,7 @@ def plot_curves(curves: Sequence[Curve], window: int = 20) -> Picture:
             for row, values in enumerate((curve.losses, curve.gradients)):
                 smooth = torch.tensor(values).unfold(0, window, 1).mean(dim=1)
                 axes[row, column].plot(range(window, len(values) + 1), smooth, line, color=color, marker=marker, markevery=0.2, label=f"r = {curve.setting.rank}")
-            said.append(f"{_NAMES[rule]}, rank {curve.setting.rank}: loss at the end {smooth_end(curve.losses, window):.2f}, gradient {smooth_end(curve.gradients, window):.2g}")
+            said.append(f"{_NAMES[rule]}, rank {curve.setting.rank}: loss at the end {end(curve.losses, window):.2f}, gradient {end(curve.gradients, window):.2g}")
         axes[0, column].set_title(_NAMES[rule])
         axes[1, column].set(xlabel="batch", yscale="log")
     axes[0, 0].set_ylabel("loss")
@@ -180,7 +178,7 @@ def plot_curves(curves: Sequence[Curve], window: int = 20) -> Picture:
     return figure
 
 
-def smooth_end(values: Sequence[float], window: int = 20) -> float:
+def end(values: Sequence[float], window: int = 20) -> float:
     """The mean of the last `window` values."""
     return mean(values[-window:])
 
@@ -190,7 +188,7 @@ def plot_parameters(shapes: dict[str, tuple[int, int]]) -> Picture:
     alt = "; ".join(f"{name}: A and B are as large as the weight at rank {break_even_rank(i, o):.2f}" for name, (o, i) in shapes.items())
     figure = Picture(alt, figsize=(6, 3))
     axes = figure.subplots()
-    ranks = [2**k for k in range(11)]
+    ranks = [2**k for k in range(10)]
     for (name, (n_out, n_in)), (color, marker, line) in zip(shapes.items(), _STYLE.values()):
         axes.loglog(ranks, [r * (n_in + n_out) / (n_in * n_out) for r in ranks], line, color=color, marker=marker, markersize=4, label=name)
     axes.axhline(1, color="0.4")
@@ -240,6 +238,13 @@ def _draw_band(axes, cells: dict[int, list[float]], color: str, marker: str, lin
     places = list(cells)
     axes.plot(places, [mean(cells[p]) for p in places], line, color=color, marker=marker, label=label)
     axes.fill_between(places, [min(cells[p]) for p in places], [max(cells[p]) for p in places], color=color, alpha=0.2, linewidth=0)
+
+
+def _plain_log(axes) -> None:
+    axes.set_yscale("log")
+    for axis_part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_part(ScalarFormatter())
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
 
 
 def _rank_axis(axes, ranks: Sequence[int], label: str) -> None:
