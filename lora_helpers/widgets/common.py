@@ -83,6 +83,8 @@ class Panel(widgets.VBox):
     def _repr_mimebundle_(self, **kwargs):
         data = super()._repr_mimebundle_(**kwargs)
         with self._lock:
+            if self._shown is None:  # the first computation failed; the status line says why
+                return data
             data["image/png"] = base64.b64encode(self._draw().png()).decode()
         return data, {"image/png": {"alt": self.summary}}
 

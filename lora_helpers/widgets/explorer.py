@@ -10,7 +10,7 @@ from lora_helpers.data import Mnist
 from lora_helpers.finetuning import STOPS, FineTuner, FineTuning, Settings
 from lora_helpers.model import RichBoyNet
 from lora_helpers.widgets.common import FIELD, Panel, paired, powers_of_two, stops, tie
-from lora_helpers.widgets.pictures import ExplorerPicture, summarise
+from lora_helpers.widgets.explorer_picture import ExplorerPicture, summarise
 
 SHARES = (0.0, 0.1, 0.2, 0.5, 0.8)
 PRESETS = {
@@ -46,6 +46,7 @@ class LoRAExplorer(Panel):
     def __init__(self, base: RichBoyNet, mnist: Mnist, **settings):
         self.tuner = FineTuner(base, mnist)
         self._picture = ExplorerPicture(mnist.test)
+        self._follower = None
         self._tiles = widgets.HTML()
         self._progress = widgets.IntProgress(layout=widgets.Layout(width="190px", visibility="hidden"), description="training")
         super().__init__([], below=[self._tiles])
@@ -69,6 +70,13 @@ class LoRAExplorer(Panel):
         with self.hold_trait_notifications():
             for name in Settings.__dataclass_fields__:
                 setattr(self, name, getattr(settings, name))
+
+    def attach(self, follower) -> None:
+        """Calls `follower(change)` after every move, in place of the follower before it: a cell run twice leaves no old one."""
+        if self._follower:
+            self.unobserve(self._follower, names=["result", "enabled"])
+        self._follower = follower
+        self.observe(follower, names=["result", "enabled"])
 
     def _make_controls(self) -> list[widgets.Widget]:
         shares = [(f"{share:.0%}", share) for share in SHARES]

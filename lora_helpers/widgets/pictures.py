@@ -1,181 +1,43 @@
-"""The explorer's picture and its words: a pure function of a fine-tuning and the switch."""
+"""Pictures that are drawn again at every move of a slider, in tens of milliseconds."""
 
 import io
 
-import numpy as np
-import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imsave
-from torch.utils.data import TensorDataset
+from matplotlib.text import Text
 
-from lora_helpers.finetuning import FineTuning
-from lora_helpers.plots import AFTER, BEFORE, Picture
-from lora_helpers.training import Evaluation
-
-LAYER_STYLES = ((BEFORE, "o"), ("#D55E00", "s"), ("#009E73", "^"))  # Okabe and Ito's palette, and a shape each
-STRIP = 12  # images repaired, and as many broken, that are shown
-ZERO = 1e-3  # where a logarithmic axis draws zero, and all below
-WIDTH = 11  # inches
+from lora_helpers.plots import Picture
 
 
-def summarise(result: FineTuning, enabled: bool, origin: str = "") -> str:
-    """One line of text that says what the picture shows; `origin` says how the result was come by."""
-    s, now = result.settings, result.on if enabled else result.off
-    lesson = f"{s.batches} batches of digit {s.digit}" + (f" with {s.share:.0%} others" if s.share else "")
-    return " · ".join(
-        [
-            f"LoRA {'on' if enabled else 'off'}",
-            f"rank {s.rank}",
-            f"α {s.alpha:g}",
-            lesson,
-            f"{s.digit} wrong {_change(result.off.wrong_counts[s.digit], now.wrong_counts[s.digit])}",
-            f"others wrong {_change(_others(result.off, s.digit), _others(now, s.digit))}",
-            f"accuracy {result.off.accuracy:.1%} → {now.accuracy:.1%}",
-            f"{result.trainable:,} trained parameters ({result.trainable / result.base_parameters:.2%} of the base)",
-            f"seed {s.seed}" + (f", {origin}" if origin else ""),
-        ]
-    )
+class LivePicture(Picture):
+    """A picture whose artists are made once and then only given new values, over a background that is drawn once.
 
-
-class ExplorerPicture(Picture):
-    """Wrong answers per digit, what is mistaken for what, the singular values of ΔW, and images repaired and broken.
-
-    The artists are made once and then only given new values, over a background that is drawn once: so a new picture
-    takes tens of milliseconds.
+    A subclass puts what changes into `self._moving`, and sets `self._background` to None when the rest has changed.
+    Sizes and places are in inches from the lower left.
 
     Args:
-        test: the test set whose images are shown.
-        caption: leaves room for the summary, for places where no text stands beside the picture.
+        caption: leaves room for the summary above, for places where no text stands beside the picture.
     """
 
-    def __init__(self, test: TensorDataset, caption: bool = False):
-        self._height = 5.05 if caption else 4.55
-        super().__init__("", figsize=(WIDTH, self._height), dpi=100)
+    def __init__(self, width: float, height: float, caption: bool):
+        self._width, self._height = width, height + (0.5 if caption else 0)
+        super().__init__("", figsize=(self._width, self._height), dpi=100)
         self.set_layout_engine("none")
         self._canvas, self._background = FigureCanvasAgg(self), None
-        self._images, self._labels = test.tensors
-        self._caption = self.text(0.01, 1 - 0.06 / self._height, "", va="top", fontsize=10, linespacing=1.5)
+        self._caption = self._write(0.1, self._height - 0.06, va="top", fontsize=10, linespacing=1.5)
         self._caption.set_visible(caption)
-        self._moving = [self._caption]  # what changes from picture to picture
-        self._make_bars()
-        self._base_map, self._now_map = self._make_map(4.95, "base"), self._make_map(7.2, "LoRA on")
-        axes, image, numbers = self._now_map
-        self._moving += [image, axes.title, *numbers.flat]
-        self._make_spectrum()
-        self._strips = [self._make_strip(x) for x in (0.1, 5.6)]
+        self._moving = [self._caption]
 
-    def _place(self, left, bottom, width, height):  # in inches from the lower left
-        axes = self.add_axes((left / WIDTH, bottom / self._height, width / WIDTH, height / self._height))
-        axes.spines[["top", "right"]].set_visible(False)
-        return axes
-
-    def _make_bars(self):
-        axes = self._axes_bars = self._place(0.45, 1.55, 4.05, 2.7)
-        digits = np.arange(10)
-        self._bars = [
-            axes.bar(digits + shift, np.ones(10), 0.4, color=color, hatch=hatch, edgecolor="white", linewidth=0.5)
-            for shift, color, hatch in ((-0.2, BEFORE, ""), (0.2, AFTER, "///"))
-        ]
-        self._changes = [axes.text(digit, 0, "", ha="center", va="bottom", fontsize=9.5) for digit in digits]
-        self._learned = axes.text(0, -0.085, "▲ learned", ha="center", va="top", fontsize=9, transform=axes.get_xaxis_transform())
-        axes.set(xlim=(-0.6, 9.6), xticks=digits)
-        axes.tick_params(labelsize=10, length=0)
-        axes.set_title("wrong answers per digit", loc="left", fontsize=11)
-        axes.legend(self._bars, ["base", " " * 14], loc="lower right", frameon=False, fontsize=10, ncols=2, borderpad=0,
-                    bbox_to_anchor=(1, 1.02), handlelength=1.4, columnspacing=1)  # fmt: skip
-        self._bars_label = axes.text(0.84, 1.043, "", fontsize=10, transform=axes.transAxes)
-        self._moving += [axes.yaxis, *self._bars[0], *self._bars[1], *self._changes, self._learned, self._bars_label]
-
-    def _make_map(self, left, label):
-        axes = self._place(left, 1.55, 2.05, 2.7)
-        image = axes.imshow(np.zeros((10, 10)), cmap="Blues", aspect="auto", vmin=0, vmax=1)
-        numbers = [[axes.text(x, y, "", ha="center", va="center", fontsize=8) for x in range(10)] for y in range(10)]
-        axes.set(xticks=range(10), yticks=range(10))
-        axes.tick_params(labelsize=9, length=0, pad=2)
-        axes.set_xlabel("answer", fontsize=9, labelpad=1)
-        if label == "base":
-            axes.set_ylabel("digit", fontsize=9, labelpad=1)
-        axes.set_title(f"mistakes, {label}", loc="center", fontsize=11)
-        return axes, image, np.array(numbers)
-
-    def _make_spectrum(self):
-        axes = self._axes_spectrum = self._place(9.75, 2.4, 1.15, 1.85)
-        axes.set(xscale="log", yscale="log", xlim=(0.8, 80), ylim=(ZERO / 2, 100))
-        axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-        axes.set_yticks([ZERO, 0.01, 0.1, 1, 10, 100], ["0", "0.01", "0.1", "1", "10", "100"])
-        axes.minorticks_off()
-        axes.tick_params(labelsize=9, length=2, pad=2)
-        axes.set_xlabel("number", fontsize=9, labelpad=1)
-        axes.set_title("singular values of ΔW", loc="right", fontsize=11)
-        self._edge = axes.axvline(1, color="0.4", linewidth=1, linestyle="--")
-        self._points = [axes.plot([], [], marker, color=color, markersize=4)[0] for color, marker in LAYER_STYLES]
-        self._norms = [self.text(9.6 / WIDTH, (1.83 - 0.2 * row) / self._height, "", fontsize=10, va="center") for row in range(3)]
-        for row, (color, marker) in enumerate(LAYER_STYLES):
-            axes.plot([-0.2], [-0.31 - 0.108 * row], marker, color=color, markersize=6, transform=axes.transAxes, clip_on=False)
-        self._moving += [self._edge, *self._points, *self._norms]
-
-    def _make_strip(self, left):
-        axes = self._place(left, 0.3, 5.3, 5.3 / STRIP)
-        image = axes.imshow(np.zeros((28, 28 * STRIP)), cmap="gray_r", vmin=0, vmax=1, aspect="auto")
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-        answers = [axes.text(28 * n + 13.5, 29, "", ha="center", va="top", fontsize=9.5) for n in range(STRIP)]
-        heading = axes.text(0, -4, "", fontsize=11)
-        self._moving += [image, heading, *answers]
-        return heading, image, answers
-
-    def update(self, result: FineTuning, enabled: bool, summary: str) -> "ExplorerPicture":
-        """Shows `result` with LoRA on or off; returns the picture itself."""
-        now, label = (result.on, "LoRA on") if enabled else (result.off, "LoRA off")
+    def describe(self, summary: str) -> None:
+        """Sets the text alternative and, where there is room for it, the caption."""
         self.alt = summary
-        parts = summary.split(" · ")
-        self._caption.set_text(" · ".join(parts[:6]) + "\n" + " · ".join(parts[6:]))
-        self._update_bars(result, now, label)
-        if self._background is None:  # the base stays the same
-            _fill_map(self._base_map, result.off)
-        _fill_map(self._now_map, now)
-        self._now_map[0].title.set_text(f"mistakes, {label}")
-        self._update_spectrum(result, enabled)
-        for strip, indices, verb in zip(self._strips, (result.repaired, result.broken), ("repaired", "broken")):
-            self._update_strip(strip, indices if enabled else indices[:0], verb, result)
-        return self
-
-    def _update_bars(self, result, now, label):
-        heights = result.off.wrong_counts, now.wrong_counts
-        top = max(*heights[0], *heights[1], 10)
-        self._axes_bars.set_ylim(0, top * 1.1)
-        self._learned.set_x(result.settings.digit)
-        for bars, values in zip(self._bars, heights):
-            for bar, value in zip(bars, values):
-                bar.set_height(value)
-        for digit, (text, old, new) in enumerate(zip(self._changes, *heights)):
-            text.set_position((digit, max(old, new) + top * 0.01))
-            text.set_text(_signed(new - old))
-        self._bars_label.set_text(label)
-
-    def _update_spectrum(self, result, enabled):
-        for points, text, (name, values) in zip(self._points, self._norms, result.singular_values.items()):
-            heights = np.full(64, ZERO)
-            heights[: len(values)] = values.clamp(min=ZERO)
-            points.set_data(np.arange(1, 65), heights)
-            points.set_alpha(1 if enabled else 0.25)  # there, but not added to the weights
-            text.set_text(f"{name} ‖ΔW‖ {values.norm():.1f}")
-        self._edge.set_xdata([result.settings.rank * 1.1] * 2)
-
-    def _update_strip(self, strip, indices, verb, result):
-        heading, image, answers = strip
-        places = torch.linspace(0, len(indices) - 1, min(STRIP, len(indices))).round().long()
-        chosen = indices[places].tolist()
-        mosaic = np.zeros((28, 28 * STRIP))
-        for n, index in enumerate(chosen):
-            pixels = self._images[index].squeeze().numpy()
-            mosaic[:, 28 * n : 28 * n + 28] = (pixels - pixels.min()) / (pixels.max() - pixels.min())
-            answers[n].set_text(f"{result.off.predictions[index]} → {result.on.predictions[index]}")
-        for text in answers[len(chosen) :]:
-            text.set_text("")
-        image.set_data(mosaic)
-        explained = f", {len(chosen)} shown" if len(chosen) < len(indices) else ""
-        heading.set_text(f"{verb} by LoRA: {len(indices):,}{explained}" + (" (base's answer → LoRA's)" if chosen else ""))
+        lines, room = [""], self._width * 11  # characters that fit into a line
+        for part in summary.split(" · "):
+            if lines[-1] and len(lines[-1]) + len(part) > room:
+                lines.append("")
+            lines[-1] += (" · " if lines[-1] else "") + part
+        self._caption.set_text("\n".join(lines))
 
     def png(self) -> bytes:
         renderer = self._canvas.get_renderer()
@@ -191,24 +53,15 @@ class ExplorerPicture(Picture):
         imsave(buffer, self._canvas.buffer_rgba(), format="png", pil_kwargs={"compress_level": 1})
         return buffer.getvalue()
 
+    def _place(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        axes = self.add_axes((left / self._width, bottom / self._height, width / self._width, height / self._height))
+        axes.spines[["top", "right"]].set_visible(False)
+        return axes
 
-def _fill_map(part, shown: Evaluation) -> None:
-    _, image, numbers = part
-    mistakes = shown.confusion.clone().fill_diagonal_(0).numpy()
-    shades = np.sqrt(mistakes / max(mistakes.max(), 1))  # the root, so that rare mistakes are seen too
-    image.set_data(shades)
-    for text, count, shade in zip(numbers.flat, mistakes.flat, shades.flat):
-        text.set_text(str(count) if count else "")
-        text.set_color("white" if shade > 0.65 else "black")
+    def _write(self, left: float, bottom: float, **style) -> Text:
+        return self.text(left / self._width, bottom / self._height, "", **style)
 
 
-def _others(shown: Evaluation, digit: int) -> int:
-    return sum(shown.wrong_counts) - shown.wrong_counts[digit]
-
-
-def _change(old: int, new: int) -> str:
-    return f"{old} → {new} ({_signed(new - old)})"
-
-
-def _signed(change: int) -> str:
+def signed(change: int) -> str:
+    """A change with its sign: +3, −3 or ±0."""
     return "±0" if change == 0 else f"{change:+d}".replace("-", "−")
