@@ -372,11 +372,13 @@ def twins_apart(
 
 @dataclass(frozen=True)
 class Curve:
-    """A long training: the loss and the norm of the gradient in A and B together at each batch, and the accuracy at the end."""
+    """A long training. At each batch the loss, and the norm of the gradient in A and B together (the signal backwards);
+    at the end the root mean square of what the first layer's adapter adds, ΔW₁x (the signal forwards), and the accuracy."""
 
     setting: Setting
     losses: list[float] = field(repr=False)
     gradients: list[float] = field(repr=False)
+    forwards: float
     accuracy: float
 
 
@@ -398,7 +400,13 @@ def learning_curves(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], 
             own.append(_norm_of([p.grad for adapter in _adapters(net).values() for p in adapter.parameters()]))
 
     losses = _train_together(nets, settings, mnist.train, batches, measure)
-    return [Curve(*parts, evaluate(net, mnist.test).accuracy) for *parts, net in zip(settings, losses, gradients, nets)]
+    pixels = mnist.test.tensors[0].flatten(start_dim=1)
+    curves = []
+    for setting, net, own_losses, own_gradients in zip(settings, nets, losses, gradients):
+        added = pixels.to(net.linear3.bias.device) @ _adapters(net)["linear1"].delta.detach().T
+        forwards = added.square().mean().sqrt().item()
+        curves.append(Curve(setting, own_losses, own_gradients, forwards, evaluate(net, mnist.test).accuracy))
+    return curves
 
 
 # ---------------------------------------------------------------- what it costs
@@ -489,6 +497,15 @@ def _exact(optimizer: str) -> Callable[..., torch.optim.Optimizer]:
     if optimizer == "SGD":
         return torch.optim.SGD
     return lambda parameters, lr, fused: torch.optim.Adam(parameters, lr=lr, fused=fused, eps=1e-30)
+
+
+def mean_cosine(adapter: LoRAParametrization) -> float:
+    """The mean cosine between two different rank-one terms bᵢaᵢ of ΔW: 0 where they are perpendicular, 1 where all are alike."""
+    a, b = adapter.lora_A.detach(), adapter.lora_B.detach()
+    products = (b.T @ b) * (a @ a.T)
+    lengths = products.diagonal().sqrt()
+    cosines = products / (lengths[:, None] * lengths)
+    return (cosines.sum() - cosines.trace()).item() / (len(a) * (len(a) - 1))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from lora_helpers.scaling import WEIGHTS, Cost, Curve, FirstStep, Run, break_eve
 
 THIRD = "#009E73"
 _STYLE = {"α": (THIRD, "^", ":"), "α/√r": (AFTER, "s", "--"), "α/r": (BEFORE, "o", "-")}
-_NAMES = {"α": "no scale (α = r)", "α/√r": "α/√r", "α/r": "α/r"}
+_NAMES = {"α": "no scale: s = α", "α/√r": "α/√r", "α/r": "α/r"}
 
 
 def plot_spectra(spectra: dict[str, dict[str, torch.Tensor]]) -> Picture:
