@@ -1,6 +1,6 @@
 """The chores behind the LoRA notebooks.
 
-cache → data → model → lora → factorisation → training → finetuning → plots → widgets: each module imports only from those before it.
+cache → data → model → lora → adapters → factorisation → training → finetuning → plots → widgets: each module imports only from those before it.
 """
 
 import importlib
@@ -14,6 +14,7 @@ _MODULE_OF = {
     "RichBoyNet": "model",
     "LoRAParametrization": "lora",
     "ParameterCount": "lora",
+    "adapter_names": "lora",
     "add_lora": "lora",
     "count_parameters": "lora",
     "freeze_base": "lora",
@@ -22,6 +23,9 @@ _MODULE_OF = {
     "merge_lora": "lora",
     "remove_lora": "lora",
     "set_lora_enabled": "lora",
+    "use_adapter": "lora",
+    "load_adapter": "adapters",
+    "save_adapter": "adapters",
     "factorised": "factorisation",
     "side_by_side": "factorisation",
     "Evaluation": "training",

@@ -80,7 +80,7 @@ def _thin_forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 def _forward_of_all(layers: list[nn.Linear], x: torch.Tensor) -> torch.Tensor:
     weight = layers[0].parametrizations.weight.original
-    if not any(adapter.enabled for layer in layers for adapter in layer.parametrizations.weight):
+    if not any(adapter.applied for layer in layers for adapter in layer.parametrizations.weight):
         return F.linear(x, weight, layers[0].bias)  # off, LoRA leaves the base's outputs to the bit
     output = _frozen_linear(x, weight, layers[0].bias)
     blocks = [_add_updates(layer, *block) for layer, *block in zip(layers, output.chunk(len(layers)), x.chunk(len(layers)))]
@@ -89,7 +89,7 @@ def _forward_of_all(layers: list[nn.Linear], x: torch.Tensor) -> torch.Tensor:
 
 def _add_updates(layer: nn.Linear, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     for adapter in layer.parametrizations.weight:
-        if adapter.enabled:
+        if adapter.applied:
             output = torch.addmm(output, adapter.scale * (x @ adapter.lora_A.T), adapter.lora_B.T)
     return output
 

@@ -14,7 +14,8 @@ class LoRAParametrization(nn.Module):
     """Adds a low-rank update to a weight: forward(W) = W + (alpha / rank) · B A.
 
     `lora_A` is rank × in_features, drawn from N(0, 1); `lora_B` is out_features × rank, zeros:
-    so B A = 0 and nothing changes before the first step. With `enabled` False, forward returns W itself.
+    so B A = 0 and nothing changes before the first step. While `enabled` (the switch) or `active`
+    (whether this is the adapter in use, of several) is False, forward returns W itself.
 
     Args:
         in_features, out_features: of the layer; its weight is out_features × in_features.
@@ -22,12 +23,14 @@ class LoRAParametrization(nn.Module):
         device, dtype: those of the weight (the parameters are created there; one moved
             afterwards would no longer be a parameter).
         generator: draws `lora_A`; on the CPU, so that a seed gives one adapter on every device.
+        name: tells several adapters on one base apart.
+        rank_stabilised: scales by alpha / √rank instead, as rsLoRA does.
 
     Raises:
         ValueError: a size, `rank` or `alpha` is not as above.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685,
-    section 4.1; torch.nn.utils.parametrize,
+    section 4.1; rsLoRA, arXiv 2312.03732; torch.nn.utils.parametrize,
     https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.parametrize.register_parametrization.html
     """
 
@@ -41,21 +44,29 @@ class LoRAParametrization(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        name: str = "default",
+        rank_stabilised: bool = False,
     ):
         super().__init__()
-        for name, value in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
-            _check_whole(name, value)
+        for argument, value in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
+            _check_whole(argument, value)
         _check_alpha(alpha)
         a = torch.randn(rank, in_features, dtype=dtype, generator=generator).to(device)
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
-        self.rank, self.alpha = rank, alpha
-        self.enabled = True
+        self.rank, self.alpha, self.rank_stabilised = rank, alpha, rank_stabilised
+        self.name = name
+        self.enabled = self.active = True
 
     @property
     def scale(self) -> float:
-        """α/r, the factor on B A: defined here and nowhere else."""
-        return self.alpha / self.rank
+        """α/r (α/√r if rank-stabilised), the factor on B A: defined here and nowhere else."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    @property
+    def applied(self) -> bool:
+        """Whether forward adds the update now."""
+        return self.enabled and self.active
 
     @property
     def delta(self) -> torch.Tensor:
@@ -63,10 +74,11 @@ class LoRAParametrization(nn.Module):
         return self.scale * (self.lora_B @ self.lora_A)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self.delta if self.enabled else weight
+        return weight + self.delta if self.applied else weight
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha}, enabled={self.enabled}"
+        name = "" if self.name == "default" else f", name={self.name!r}, active={self.active}"
+        return f"rank={self.rank}, alpha={self.alpha}, enabled={self.enabled}{name}"
 
 
 @dataclass(frozen=True)
@@ -117,25 +129,38 @@ def add_lora(
     layers: Iterable[str] | None = None,
     *,
     generator: torch.Generator | None = None,
+    name: str = "default",
+    rank_stabilised: bool = False,
 ) -> nn.Module:
     """Registers a `LoRAParametrization` on the weight of each layer; biases stay as they are.
+
+    On a network with adapters of other names the new one comes beside them and is the one in use.
 
     Args:
         rank: from 1 to the smaller side of the largest adapted layer.
         alpha: positive and finite; the update is scaled by alpha / rank.
         layers: names of `Linear` layers in `net`; default: all of them.
         generator: draws A; default: PyTorch's global random stream.
+        name: of the adapter, see `use_adapter`.
+        rank_stabilised: scale by alpha / √rank (rsLoRA) instead of alpha / rank.
 
     Returns:
         `net` itself, changed.
 
     Raises:
-        ValueError: bad `rank` or `alpha`, an unknown layer, a layer that already has LoRA or
-            another parametrization or shares its weight. Nothing is changed then.
+        ValueError: bad `rank` or `alpha`, an unknown layer, a name that is taken, a layer with
+            another parametrization or a shared weight. Nothing is changed then.
         TypeError: a named layer is no `Linear`.
     """
     _check_whole("rank", rank)
     _check_alpha(alpha)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name is {name!r}; it must be a text such as 'nine'.")
+    if name in adapter_names(net):
+        raise ValueError(
+            f"The network already has an adapter named {name!r}. Call remove_lora(net) or merge_lora(net) first, "
+            "start from a fresh network, or give this adapter another name."
+        )
     chosen = _choose_layers(net, layers)
     largest = max(min(layer.weight.shape) for layer in chosen.values())
     if rank > largest:
@@ -148,21 +173,42 @@ def add_lora(
         adapter = LoRAParametrization(
             in_features, out_features, rank, alpha,
             device=layer.weight.device, dtype=layer.weight.dtype, generator=generator,
+            name=name, rank_stabilised=rank_stabilised,
         )  # fmt: skip
         parametrize.register_parametrization(layer, "weight", adapter)
+    use_adapter(net, name)
     return net
 
 
+def adapter_names(net: nn.Module) -> list[str]:
+    """The names of the adapters on `net`, in the order in which they were added."""
+    return list(dict.fromkeys(adapter.name for adapters in lora_layers(net).values() for adapter in adapters))
+
+
+def use_adapter(net: nn.Module, name: str) -> None:
+    """Makes the adapter `name` the one in use; the others rest. The switch `set_lora_enabled` stays as it is.
+
+    Raises:
+        ValueError: `net` has no LoRA, or no adapter of that name.
+    """
+    adapters = _require_lora(net)
+    if name not in adapter_names(net):
+        raise ValueError(f"There is no adapter {name!r}; this network has: {', '.join(map(repr, adapter_names(net)))}.")
+    switch = all(adapter.enabled for adapter in adapters if adapter.active)
+    for adapter in adapters:
+        adapter.active = adapter.name == name
+        adapter.enabled = switch
+
+
 def freeze_base(net: nn.Module) -> nn.Module:
-    """Leaves only LoRA's A and B trainable. They are found by their class, not by their name.
+    """Leaves only A and B of the adapter in use trainable. They are found by their class, not by their name.
 
     Raises:
         ValueError: `net` has no LoRA (freezing would leave nothing to train).
     """
-    _require_lora(net)
-    lora = {id(p) for p in _lora_parameters(net)}
+    trained = {id(p) for adapter in _require_lora(net) if adapter.active for p in adapter.parameters()}
     for parameter in net.parameters():
-        parameter.requires_grad_(id(parameter) in lora)
+        parameter.requires_grad_(id(parameter) in trained)
     return net
 
 
@@ -202,40 +248,62 @@ def merge_lora(net: nn.Module) -> nn.Module:
     Which parameters are trainable stays as it was (after `freeze_base`: none).
 
     Raises:
-        ValueError: `net` has no LoRA; LoRA is off (merging would discard it); or a weight
-            carries another parametrization. Nothing is changed then.
+        ValueError: `net` has no LoRA; LoRA is off or an adapter is not in use (merging would
+            discard it); or a weight carries another parametrization. Nothing is changed then.
     """
-    if not all(adapter.enabled for adapter in _require_lora(net)):
+    adapters = _require_lora(net)
+    if not all(adapter.enabled for adapter in adapters):
         raise ValueError(
             "LoRA is off, so merging would discard it. Call set_lora_enabled(net, True) first, "
             "or remove_lora(net) if discarding is what you want."
         )
-    return _unregister(net, keep_update=True)
+    resting = sorted({adapter.name for adapter in adapters if not adapter.active})
+    if resting:
+        raise ValueError(
+            f"Not in use, so merging would discard: {', '.join(map(repr, resting))}. "
+            "Keep it with save_adapter, then discard it with remove_lora(net, name)."
+        )
+    _require_only_lora(net)
+    for name in lora_layers(net):
+        _unparametrize(net.get_submodule(name), leave_parametrized=True)
+    return net
 
 
-def remove_lora(net: nn.Module) -> nn.Module:
-    """Discards the adapters; each weight is its original again, to the bit.
+def remove_lora(net: nn.Module, name: str | None = None) -> nn.Module:
+    """Discards the adapter `name`, by default all; without adapters each weight is its original again, to the bit.
 
     Raises:
-        ValueError: `net` has no LoRA, or a weight carries another parametrization. Nothing is changed then.
+        ValueError: `net` has no LoRA or no adapter `name`, or a weight carries another parametrization.
+            Nothing is changed then.
     """
     _require_lora(net)
-    return _unregister(net, keep_update=False)
+    if name is not None and name not in adapter_names(net):
+        raise ValueError(f"There is no adapter {name!r}; this network has: {', '.join(map(repr, adapter_names(net)))}.")
+    _require_only_lora(net)
+    for layer_name, adapters in lora_layers(net).items():
+        layer = net.get_submodule(layer_name)
+        _unparametrize(layer, leave_parametrized=False)
+        for adapter in adapters:
+            if name is not None and adapter.name != name:
+                parametrize.register_parametrization(layer, "weight", adapter)
+    return net
 
 
-def _unregister(net: nn.Module, keep_update: bool) -> nn.Module:
-    found = lora_layers(net)
-    for name, adapters in found.items():
+def _require_only_lora(net: nn.Module) -> None:
+    for name, adapters in lora_layers(net).items():
         if len(adapters) != len(net.get_submodule(name).parametrizations.weight):
             raise ValueError(
                 f"The weight of {name} carries another parametrization beside LoRA; "
                 "remove that one first with torch.nn.utils.parametrize.remove_parametrizations."
             )
-    for name in found:
-        layer = net.get_submodule(name)
-        _give_own_class(layer)
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=keep_update)
-    return net
+
+
+def _unparametrize(layer: nn.Linear, leave_parametrized: bool) -> None:
+    _give_own_class(layer)
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=leave_parametrized)
+    bias = layer.bias  # registered again, so that it comes after the weight as in any other Linear
+    del layer.bias
+    layer.register_parameter("bias", bias)
 
 
 def _give_own_class(layer: nn.Module) -> None:
@@ -272,11 +340,13 @@ def _choose_layers(net: nn.Module, layers: Iterable[str] | None) -> dict[str, nn
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"{name!r} is a {type(layer).__name__}; LoRA here adapts Linear layers: {', '.join(linear)}.")
         if parametrize.is_parametrized(layer, "weight"):
-            kinds = {type(p).__name__ for p in layer.parametrizations.weight}
-            raise ValueError(
-                f"The weight of {name!r} already carries {', '.join(sorted(kinds))}. "
-                "Call remove_lora(net) or merge_lora(net) first, or start from a fresh network."
-            )
+            foreign = sorted({type(p).__name__ for p in layer.parametrizations.weight if not isinstance(p, LoRAParametrization)})
+            if foreign:
+                raise ValueError(
+                    f"The weight of {name!r} already carries {', '.join(foreign)}; remove that first "
+                    "with torch.nn.utils.parametrize.remove_parametrizations."
+                )
+            continue
         owners = [other for other, module in modules.items() if getattr(module, "weight", None) is layer.weight]
         if len(owners) > 1:
             raise ValueError(f"{' and '.join(owners)} share one weight; adapting one of them would untie them.")

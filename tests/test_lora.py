@@ -212,7 +212,7 @@ def test_bad_layers(net, layers, error, word):
 
 def test_adding_twice_is_refused(net):
     add_lora(net, layers=["linear2"])
-    with pytest.raises(ValueError, match="already carries LoRAParametrization"):
+    with pytest.raises(ValueError, match="already has an adapter named 'default'"):
         add_lora(net)
     assert list(lora_layers(net)) == ["linear2"]
 

@@ -1,0 +1,164 @@
+"""Adapters as files, in the format of Hugging Face PEFT: what is saved here opens there, and the other way round."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_helpers.lora import add_lora, adapter_names, lora_layers
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's wrapper round the network, which its names include
+
+# Options of PEFT that say nothing about what a saved adapter computes.
+_HARMLESS = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_pattern", "lora_dropout",
+    "inference_mode", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "init_lora_weights",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
+
+
+def save_adapter(net: nn.Module, folder: str | os.PathLike, name: str | None = None) -> Path:
+    """Saves the adapter `name`, by default the one in use, as `adapter_config.json` and `adapter_model.safetensors`.
+
+    Each file is replaced whole or not at all; A and B keep their dtype. `folder` is made if it is missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: `net` has no such adapter, or its layers differ in rank, alpha or scaling.
+        OSError: the folder cannot be written to.
+
+    Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
+    """
+    adapters = _chosen(net, name)
+    kinds = {(a.rank, a.alpha, a.rank_stabilised) for a in adapters.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"The layers differ in (rank, alpha, rank_stabilised): {sorted(kinds)}; one file holds one of each.")
+    ((rank, alpha, rank_stabilised),) = kinds
+    config = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "use_rslora": rank_stabilised, "target_modules": list(adapters),
+        "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True,
+        "inference_mode": True, "base_model_name_or_path": None, "task_type": None,
+    }  # fmt: skip
+    tensors = {}
+    for layer, adapter in adapters.items():
+        tensors[f"{PREFIX}{layer}.lora_A.weight"] = adapter.lora_A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{layer}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        save_file(tensors, Path(work) / TENSORS, metadata={"format": "pt"})
+        (Path(work) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in (TENSORS, CONFIG):
+            (Path(work) / file).replace(folder / file)
+    return folder
+
+
+def load_adapter(net: nn.Module, folder: str | os.PathLike, name: str = "default") -> nn.Module:
+    """Adds the adapter saved in `folder` to `net` under `name`, beside those that are there, and puts it in use.
+
+    A and B take each weight's device and dtype. Only the two files named by `save_adapter` are read; nothing is unpickled.
+
+    Returns:
+        `net` itself, changed.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file is damaged, an option is not supported, or layers, shapes or values do not fit `net`;
+            or `name` is taken. Nothing is changed then.
+    """
+    config, tensors = _read(Path(folder))
+    rank, alpha, rank_stabilised = _check_config(config)
+    pairs = _pair_up(tensors)
+    for layer, (a, b) in pairs.items():
+        weight = getattr(dict(net.named_modules()).get(layer), "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            continue  # add_lora says which layers there are
+        expected = ((rank, weight.shape[1]), (weight.shape[0], rank))
+        if (tuple(a.shape), tuple(b.shape)) != expected:
+            raise ValueError(
+                f"{layer}: the file has A {tuple(a.shape)} and B {tuple(b.shape)}; this network needs "
+                f"A {expected[0]} and B {expected[1]} at rank {rank}. Load it on the network that it was trained on."
+            )
+    own_stream = torch.Generator()  # A is drawn and overwritten; PyTorch's global stream is not touched
+    add_lora(net, rank=rank, alpha=alpha, layers=list(pairs), generator=own_stream, name=name, rank_stabilised=rank_stabilised)
+    with torch.no_grad():
+        for layer, adapter in _chosen(net, name).items():
+            adapter.lora_A.copy_(pairs[layer][0])
+            adapter.lora_B.copy_(pairs[layer][1])
+    return net
+
+
+def _chosen(net: nn.Module, name: str | None):
+    names = adapter_names(net)
+    if not names:
+        raise ValueError(f"This {type(net).__name__} has no LoRA; call add_lora(net) first.")
+    if name is not None and name not in names:
+        raise ValueError(f"There is no adapter {name!r}; this network has: {', '.join(map(repr, names))}.")
+    found = {}
+    for layer, adapters in lora_layers(net).items():
+        fitting = [a for a in adapters if (a.active if name is None else a.name == name)]
+        if len(fitting) > 1:
+            raise ValueError(f"{layer} carries {len(fitting)} adapters that would be saved as one; give each a name of its own.")
+        found.update({layer: adapter for adapter in fitting})
+    if not found:
+        raise ValueError(f"No adapter is in use; call use_adapter(net, name) with one of: {', '.join(map(repr, names))}.")
+    return found
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    for file in (CONFIG, TENSORS):
+        if not (folder / file).is_file():
+            others = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) if folder.is_dir() else "no such folder"
+            raise FileNotFoundError(f"{folder} must hold {CONFIG} and {TENSORS}; {file} is missing (found: {others or 'nothing'}).")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS)
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"The adapter in {folder} cannot be read: {error}. Save it again, or use a copy.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} holds a {type(config).__name__}; it must be an object of options.")
+    return config, tensors
+
+
+def _check_config(config: dict) -> tuple[int, float, bool]:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type is {config.get('peft_type')!r}; only 'LORA' can be opened here.")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base too; that is not supported.")
+    unknown = {k: v for k, v in config.items() if k not in _HARMLESS and v not in (None, False, "none") and v != {} and v != []}
+    if unknown:
+        raise ValueError(f"Not supported here: {', '.join(f'{k} = {v!r}' for k, v in sorted(unknown.items()))}.")
+    rank, alpha, rank_stabilised = config.get("r"), config.get("lora_alpha"), config.get("use_rslora", False)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"r is {rank!r}; it must be a whole number of at least 1.")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"lora_alpha is {alpha!r}; it must be a positive, finite number.")
+    if not isinstance(rank_stabilised, bool):
+        raise ValueError(f"use_rslora is {rank_stabilised!r}; it must be true or false.")
+    return rank, alpha, rank_stabilised
+
+
+def _pair_up(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not key.startswith(PREFIX) or not key.endswith(".weight") or kind not in ("lora_A", "lora_B") or not layer:
+            raise ValueError(f"The file has a tensor {key!r}, which is no lora_A or lora_B of a layer.")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{key} is {tensor.dtype} with values that are not all finite numbers; it must be floating-point and finite.")
+        layers.setdefault(layer, {})[kind] = tensor
+    for layer, found in layers.items():
+        if len(found) < 2:
+            raise ValueError(f"{layer} has only {next(iter(found))} in the file; both lora_A and lora_B are needed.")
+    if not layers:
+        raise ValueError("The file holds no adapter: there is no tensor in it.")
+    return {layer: (found["lora_A"], found["lora_B"]) for layer, found in layers.items()}
