@@ -1,6 +1,6 @@
 """How fast the collection is, beside the plain recipe, PEFT and loralib, and beside the machine's limit.
 
-    uv run --group benchmark python tests/benchmark.py [--json FILE] [--repetitions 3] [--quick]
+    uv run python tests/benchmark.py [--json FILE] [--repetitions 3] [--quick]
 
 Each contender runs in a process of its own, in turn, several times; the table gives medians and ranges.
 Full MNIST is used where LORA_MNIST_ROOT or ../shared/mnist holds it, else the bundled sample. Nothing is gated.

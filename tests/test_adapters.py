@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -145,7 +146,6 @@ def test_an_adapter_comes_back_from_its_folder(base, tmp_path, rank, alpha, laye
 
 @pytest.mark.parametrize("rank, alpha, layers, rank_stabilised", [(1, 1, None, False), (4, 16, ["linear2"], False), (8, 3, ["linear1", "linear3"], True)])
 def test_peft_opens_ours_and_we_open_pefts(base, tmp_path, rank, alpha, layers, rank_stabilised):
-    peft = pytest.importorskip("peft", reason="PEFT is in the dependency group `benchmark`")
     ours = stir(add_lora(copy.deepcopy(base), rank=rank, alpha=alpha, layers=layers, rank_stabilised=rank_stabilised))
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), save_adapter(ours, tmp_path / "ours"))
     assert torch.allclose(theirs(IMAGES), ours(IMAGES), rtol=1e-4, atol=1e-5)
