@@ -320,16 +320,12 @@ def with_updates(base: nn.Module, updates: dict[str, torch.Tensor]) -> nn.Module
 
 
 def best_low_rank(matrix: torch.Tensor, ranks: Iterable[int]) -> dict[int, torch.Tensor]:
-    """The nearest matrix of each rank, in the Frobenius norm: the singular value decomposition M = U S Vᵀ, cut off.
-
-    Cut after r values it is M V Vᵀ with the first r columns of V, which are the eigenvectors of MᵀM.
+    """The nearest matrix of each rank, in the Frobenius norm: the singular value decomposition, cut off.
 
     Source: Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1 (1936).
     """
-    tall = matrix.double() if matrix.shape[0] >= matrix.shape[1] else matrix.double().T
-    v = torch.linalg.eigh(tall.T @ tall).eigenvectors.flip(1)
-    parts = {rank: (tall @ v[:, :rank] @ v[:, :rank].T).to(matrix.dtype) for rank in ranks}
-    return parts if tall.shape == matrix.shape else {rank: part.T for rank, part in parts.items()}
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    return {rank: (u[:, :rank] * values[:rank]) @ v[:rank] for rank in ranks}
 
 
 def spectra(base: nn.Module, updates: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
