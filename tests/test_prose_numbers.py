@@ -28,7 +28,7 @@ ALLOWED = [
 # What a cell cannot compute, and why: settings that are a function's default, constants, figures that others published.
 DEFINED = {
     "1_mlp": {0.001: "train's learning rate", 2.3: "ln 10"},
-    "4_digit_9": {128: "the published run", 14: "the published run"},
+    "4_digit_9": {128: "the published run", 14: "the published run", 64: "the end of a slider"},
 }
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
 
