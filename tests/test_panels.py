@@ -78,7 +78,7 @@ def test_genuine_digits_traced_by_their_pixels_are_read(base, mnist):
 
 def test_the_pad_follows_drawing_switch_and_rank(explorer):
     pad = DigitPad(explorer)
-    assert "a 9" in pad.summary and pad.summary.startswith(f"LoRA on · rank {explorer.rank} · α ")
+    assert pad.index == explorer.result.repaired[0] and pad.summary.startswith(f"LoRA on · rank {explorer.rank} · α ")
     pad.draw(NINE)
     assert pad.index == -1 and torch.equal(pad.image, as_mnist(NINE)) and "your drawing" in pad.summary and not pad.status
     assert pad.base.sum().item() == pytest.approx(1, abs=1e-5) and not torch.equal(pad.base, pad.adapted)

@@ -13,6 +13,7 @@ from lora_helpers.plots import Picture
 
 FIELD = {"layout": widgets.Layout(width="150px"), "style": {"description_width": "76px"}}
 
+WRAP = widgets.Layout(flex_flow="row wrap")
 TEXT_STYLE = "display: block; line-height: 1.4; min-height: 2.8em; font-size: 1.1em"  # room for two lines, so that nothing jumps
 
 
@@ -33,7 +34,7 @@ class Panel(widgets.VBox):
         self._lock = RLock()  # JupyterLab may run callbacks on several threads at once
         self._shown = None
         self._text, self._image, self._trouble = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        middle = widgets.HBox([*beside, self._image]) if beside else self._image
+        middle = widgets.HBox([*beside, self._image], layout=WRAP) if beside else self._image
         super().__init__([*controls, self._text, middle, *below, self._trouble])
         self.add_class("lora-panel")
 

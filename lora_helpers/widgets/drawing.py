@@ -81,14 +81,14 @@ class ProbabilityPicture(LivePicture):
             axes.bar(digits + shift, np.ones(10), 0.4, color=color, hatch=hatch, edgecolor="white", linewidth=0.5)
             for shift, color, hatch in ((-0.2, BEFORE, ""), (0.2, AFTER, "///"))
         ]
-        axes.set(xlim=(-0.6, 9.6), ylim=(0, 1.13), xticks=digits)
+        axes.set(xlim=(-0.9, 9.9), ylim=(0, 1.13), xticks=digits)
         axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
         axes.tick_params(labelsize=10, length=0)
         axes.set_title("probability of each digit", loc="left", fontsize=11)
         axes.legend(self._bars, ["base", " " * 14], loc="lower right", frameon=False, fontsize=10, ncols=2, borderpad=0,
                     bbox_to_anchor=(1, 1.02), handlelength=1.4, columnspacing=1)  # fmt: skip
-        self._label = axes.text(0.865, 1.055, "", fontsize=10, transform=axes.transAxes)
-        self._peaks = [axes.text(0, 0, "", ha=side, va="bottom", fontsize=10) for side in ("right", "left")]
+        self._label = axes.text(0.865, 1.072, "", fontsize=10, transform=axes.transAxes)
+        self._peaks = [axes.text(0, 0, "", ha=side, va="bottom", fontsize=9) for side in ("right", "left")]
         self._moving += [self._image, self._label, *self._bars[0], *self._bars[1], *self._peaks]
 
     def update(self, image: torch.Tensor, base: torch.Tensor, adapted: torch.Tensor, label: str, summary: str) -> "ProbabilityPicture":
@@ -96,11 +96,11 @@ class ProbabilityPicture(LivePicture):
         self.describe(summary)
         self._image.set_data((image.squeeze() * STD + MEAN).numpy())
         self._label.set_text(label)
-        for bars, values, peak in zip(self._bars, (base, adapted), self._peaks):
+        for bars, values, peak, aside in zip(self._bars, (base, adapted), self._peaks, (-0.03, 0.03)):
             for bar, value in zip(bars, values.tolist()):
                 bar.set_height(value)
             best = values.argmax().item()
-            peak.set_position((best, values[best].item() + 0.01))
+            peak.set_position((best + aside, values[best].item() + 0.01))
             peak.set_text(f"{values[best]:.0%}")
         return self
 
@@ -125,8 +125,8 @@ class DigitPad(Panel):
         self.image = self.base = self.adapted = None
         self._make_canvas()
         last = len(self._images) - 1
-        nines = (self._labels == explorer.digit).nonzero().flatten()
-        self.set_trait("index", nines[0].item() if index is None else index)
+        first = [*explorer.result.repaired.tolist(), 0][0]
+        self.set_trait("index", first if index is None else index)
         self.index_field = tie(self, "index", widgets.BoundedIntText(
             self.index, min=-1, max=last, description="test image", tooltip="which test image; -1: your drawing", **FIELD
         ))  # fmt: skip
@@ -224,7 +224,7 @@ class DigitPad(Panel):
         self._show(self._picture.update(*self._arguments), self._arguments[-1])
 
     def _paint(self, index: int, strokes) -> None:
-        with hold_canvas(self.canvas):
+        with hold_canvas():
             self.canvas.fill_style = "white"  # black on white in a dark theme too
             self.canvas.fill_rect(0, 0, CANVAS, CANVAS)
             for stroke in strokes or ():

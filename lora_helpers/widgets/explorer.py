@@ -9,7 +9,7 @@ import traitlets
 from lora_helpers.data import Mnist
 from lora_helpers.finetuning import STOPS, FineTuner, FineTuning, Settings
 from lora_helpers.model import RichBoyNet
-from lora_helpers.widgets.common import FIELD, Panel, paired, powers_of_two, stops, tie
+from lora_helpers.widgets.common import FIELD, WRAP, Panel, paired, powers_of_two, stops, tie
 from lora_helpers.widgets.explorer_picture import ExplorerPicture, summarise
 
 SHARES = (0.0, 0.1, 0.2, 0.5, 0.8)
@@ -112,9 +112,8 @@ class LoRAExplorer(Panel):
             button.on_click(lambda _, settings=settings: self.apply(settings))
             buttons.append(button)
         self.preset_buttons = dict(zip(PRESETS, buttons))
-        wrap = widgets.Layout(flex_flow="row wrap")
         return [
-            widgets.HBox([self.switch, *buttons, self._progress], layout=wrap),
+            widgets.HBox([self.switch, *buttons, self._progress], layout=WRAP),
             widgets.HBox(
                 [
                     paired(self, "rank", self.rank_field, self.rank_slider),
@@ -124,7 +123,7 @@ class LoRAExplorer(Panel):
                     paired(self, "share", self.share_field, self.share_slider),
                     self.seed_field,
                 ],
-                layout=wrap,
+                layout=WRAP,
             ),
         ]
 

@@ -65,7 +65,7 @@ class ExplorerPicture(LivePicture):
         axes.set_title("wrong answers per digit", loc="left", fontsize=11)
         axes.legend(self._bars, ["base", " " * 14], loc="lower right", frameon=False, fontsize=10, ncols=2, borderpad=0,
                     bbox_to_anchor=(1, 1.02), handlelength=1.4, columnspacing=1)  # fmt: skip
-        self._bars_label = axes.text(0.84, 1.043, "", fontsize=10, transform=axes.transAxes)
+        self._bars_label = axes.text(0.84, 1.055, "", fontsize=10, transform=axes.transAxes)
         self._moving += [axes.yaxis, *self._bars[0], *self._bars[1], *self._changes, self._learned, self._bars_label]
 
     def _make_map(self, left, label):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lora_helpers.lora import add_lora, freeze_base, lora_disabled, lora_layers
 from lora_helpers.plots import AFTER, BEFORE
-from lora_helpers.widgets.common import FIELD, Panel, paired, powers_of_two, tie
+from lora_helpers.widgets.common import FIELD, WRAP, Panel, paired, powers_of_two, tie
 from lora_helpers.widgets.pictures import LivePicture
 
 MAX_RANK, MAX_STEPS = 4, 200
@@ -158,7 +158,7 @@ class ParametrizationInspector(Panel):
             paired(self, "steps", self.steps_field, self.steps_slider),
             tie(self, "enabled", self.switch),
         ]
-        super().__init__([widgets.HBox(rows, layout=widgets.Layout(flex_flow="row wrap"))])
+        super().__init__([widgets.HBox(rows, layout=WRAP)])
         self.observe(self._update, names=["rank", "alpha", "steps", "enabled"])
         self._update()
 

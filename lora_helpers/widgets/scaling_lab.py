@@ -8,7 +8,7 @@ from lora_helpers.data import Mnist
 from lora_helpers.finetuning import FineTuner, FineTuning, Settings
 from lora_helpers.model import RichBoyNet
 from lora_helpers.scaling import alpha_for, slope
-from lora_helpers.widgets.common import FIELD, Panel, paired, powers_of_two, tie
+from lora_helpers.widgets.common import FIELD, WRAP, Panel, paired, powers_of_two, tie
 from lora_helpers.widgets.pictures import LivePicture
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -100,7 +100,7 @@ class ScalingLab(Panel):
             tie(self, "layer", self.layer_field),
             self._progress,
         ]
-        super().__init__([widgets.HBox(row, layout=widgets.Layout(flex_flow="row wrap"))])
+        super().__init__([widgets.HBox(row, layout=WRAP)])
         self.observe(self._update, names=["rank", "alpha", "rule", "layer"])
         self._update()
 
