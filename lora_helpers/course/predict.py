@@ -32,6 +32,7 @@ class Prediction(widgets.VBox):
         for control in controls:
             control.observe(self._guessed, names="value")
         super().__init__([widgets.HTML(f"<b>Predict:</b> {html.escape(question)}"), *([box] if box else controls), widgets.HBox([self.button, self._status])])
+        self.add_class("lora-prediction")
 
     def _read(self):
         """The guess that the controls stand for, or None while it is not whole."""

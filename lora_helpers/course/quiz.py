@@ -37,6 +37,7 @@ class Quiz(widgets.VBox):
             self.radios.append(radio)
             parts += [widgets.HTML(f"<b>{place + 1}.</b> {html.escape(question.ask)}"), radio, self._replies[place]]
         super().__init__([*parts, self._total])
+        self.add_class("lora-quiz")
 
     @property
     def score(self) -> int:
