@@ -1,6 +1,7 @@
 """The chores behind the LoRA notebooks.
 
-cache → data → model → lora → adapters → factorisation → training → finetuning → plots → widgets: each module imports only from those before it.
+cache → data → model → lora → adapters → factorisation → training → scaling → finetuning → plots → scaling_plots → widgets:
+each module imports only from those before it.
 """
 
 import importlib

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -77,7 +78,8 @@ def four_starts(base: nn.Module, mnist: Mnist, *, rank: int = 4, digit: int = 9,
 
     Source: Hu et al., arXiv 2106.09685, section 4.1 (A Gaussian, B zero).
     """
-    images, labels = (t[:10] for t in as_tensors(only_digit(mnist.train, digit)))
+    device = next(base.parameters()).device
+    images, labels = (t[:10].to(device) for t in as_tensors(only_digit(mnist.train, digit)))
     table = []
     for a_word, b_word in (("random", "zero"), ("zero", "random"), ("zero", "zero"), ("random", "random")):
         net = start_lora(base, Setting(rank=rank, seed=seed))
@@ -87,7 +89,7 @@ def four_starts(base: nn.Module, mnist: Mnist, *, rank: int = 4, digit: int = 9,
             if a_word == "zero":
                 nn.init.zeros_(adapter.lora_A)
             if b_word == "random":
-                nn.init.normal_(adapter.lora_B, generator=generator)
+                _draw(adapter.lora_B, nn.init.normal_, generator)
         F.cross_entropy(net(images), labels).backward()
         norms = [_norm_of(tensors) for tensors in zip(*((a.delta.detach(), a.lora_A.grad, a.lora_B.grad) for a in adapters))]
         table.append(Start(f"A {a_word}, B {b_word}", *norms, evaluate(net, mnist.test).accuracy))
@@ -120,8 +122,9 @@ def weight_gradient(net: RichBoyNet, dataset: TensorDataset, layer: str = "linea
     """G, the gradient of the loss with respect to the weight of `layer`, on one random batch of `dataset`."""
     images, labels = as_tensors(dataset)
     batch = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:batch_size]
-    loss = F.cross_entropy(net(images[batch]), labels[batch])
-    return torch.autograd.grad(loss, net.get_submodule(layer).weight)[0]
+    weight = net.get_submodule(layer).weight
+    loss = F.cross_entropy(net(images[batch].to(weight.device)), labels[batch].to(weight.device))
+    return torch.autograd.grad(loss, weight)[0]
 
 
 def first_steps(
@@ -143,7 +146,7 @@ def first_steps(
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         for rank in ranks:
-            a = a_std * torch.randn(rank, gradient.shape[1], generator=generator, dtype=gradient.dtype)
+            a = a_std * torch.randn(rank, gradient.shape[1], generator=generator, dtype=gradient.dtype).to(gradient.device)
             projected = gradient @ a.T
             for rule, rule_of in RULES.items():
                 scale = rule_of(rank)
@@ -223,7 +226,7 @@ def start_lora(base: nn.Module, setting: Setting) -> nn.Module:
     add_lora(net, rank=setting.rank, alpha=alpha_for(setting.rule, setting.rank, setting.alpha), generator=generator)
     if setting.start == "kaiming":  # loralib and PEFT: uniform within ±1/√in, standard deviation 1/√(3·in)
         for adapter in _adapters(net).values():
-            nn.init.kaiming_uniform_(adapter.lora_A, a=5**0.5, generator=generator)
+            _draw(adapter.lora_A, partial(nn.init.kaiming_uniform_, a=5**0.5), generator)
     return freeze_base(net)
 
 
@@ -334,7 +337,7 @@ def spectra(base: nn.Module, updates: dict[str, torch.Tensor]) -> dict[str, dict
     table = {}
     for name, delta in updates.items():
         matrices = {"ΔW": delta, "W": base.get_submodule(name).weight.detach(), "random": torch.randn(delta.shape, generator=generator)}
-        table[name] = {kind: torch.linalg.svdvals(matrix) for kind, matrix in matrices.items()}
+        table[name] = {kind: torch.linalg.svdvals(matrix).cpu() for kind, matrix in matrices.items()}
     return table
 
 
@@ -426,7 +429,8 @@ def costs(base: nn.Module, dataset: TensorDataset, *, ranks: Iterable[int] = (1,
     The time is the best of `steps` training steps of 10 images (the least disturbed by other work); the checkpoint
     is what safetensors writes of the trained tensors.
     """
-    images, labels = (t[:10] for t in as_tensors(dataset))
+    device = next(base.parameters()).device
+    images, labels = (t[:10].to(device) for t in as_tensors(dataset))
     table = []
     for method, rank in [("full", None)] + [(m, r) for m in ("parametrization", "factorised") for r in ranks]:
         net = copy.deepcopy(base).train()
@@ -493,6 +497,12 @@ def _exact(optimizer: str) -> Callable[..., torch.optim.Optimizer]:
     if optimizer == "SGD":
         return torch.optim.SGD
     return lambda parameters, lr, fused: torch.optim.Adam(parameters, lr=lr, fused=fused, eps=1e-30)
+
+
+@torch.no_grad()
+def _draw(parameter: nn.Parameter, initialise: Callable, generator: torch.Generator) -> None:
+    # On the CPU, so that a seed gives one adapter on every device.
+    parameter.copy_(initialise(torch.empty(parameter.shape, dtype=parameter.dtype), generator=generator))
 
 
 def mean_cosine(adapter: LoRAParametrization) -> float:

@@ -1,0 +1,110 @@
+"""The course as a learner meets it: a guess, an exercise and the quiz in JupyterLab and Chromium, by keyboard."""
+
+import os
+import re
+
+import pytest
+from playwright.sync_api import Page, expect
+from test_browser_widgets import browser, lab  # noqa: F401  (fixtures)
+
+SCREENSHOT = os.environ.get("LORA_SCREENSHOT")
+
+
+@pytest.fixture(scope="module")
+def notebook_1(lab, browser):  # noqa: F811
+    """Notebook 1 with its first cell run, and what the page called errors. Each test runs the cells that it needs."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1400})
+    page.set_default_timeout(60_000)
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(f"{lab}/doc/tree/1_mlp.ipynb?reset")
+    page.locator("[data-status=idle]").first.wait_for(state="attached")
+    run(page, "from lora_helpers.course import mlp")
+    yield page
+    page.close()
+    assert not page.errors
+
+
+def cell(page: Page, source: str):
+    found = page.locator(".jp-CodeCell", has=page.locator(".cm-content", has_text=source)).first
+    found.scroll_into_view_if_needed(timeout=20_000)
+    return found
+
+
+def run(page: Page, source: str, replacement: str | None = None):
+    found = cell(page, source)
+    found.locator(".cm-content").click()
+    if replacement is not None:
+        page.keyboard.press("ControlOrMeta+A")
+        page.keyboard.insert_text(replacement)
+    page.keyboard.press("ControlOrMeta+Enter")
+    return found.locator(".jp-OutputArea").first
+
+
+def test_a_choice_is_guessed_by_keyboard_and_revealed(notebook_1):
+    prediction = run(notebook_1, "largest = PredictChoice").locator(".lora-prediction")
+    skipped = run(notebook_1, "largest.reveal(")
+    expect(skipped).to_contain_text("measured")
+    expect(skipped).not_to_contain_text("your guess")
+    radios = prediction.get_by_role("radio")
+    radios.first.focus()
+    radios.first.press("Space")
+    radios.first.press("Tab")
+    notebook_1.keyboard.press("Space")
+    expect(radios.nth(1)).to_be_checked()
+    expect(prediction.locator("output")).to_contain_text("Your guess: linear2")
+    prediction.get_by_role("button", name="Keep this guess").press("Enter")
+    expect(prediction.locator("output")).to_contain_text("Kept: linear2")
+    expect(radios.first).to_be_disabled()
+    revealed = run(notebook_1, "largest.reveal(")
+    expect(revealed).to_contain_text("your guess")
+    expect(revealed).to_contain_text("You had it.")
+
+
+def test_a_number_is_guessed_by_slider_and_by_typing(notebook_1):
+    prediction = run(notebook_1, "accuracy_guess = PredictNumber").locator(".lora-prediction")
+    field = prediction.get_by_label("my guess")
+    prediction.get_by_role("slider").press("ArrowRight")
+    expect(field).to_have_value("11")
+    field.fill("88")
+    field.press("Enter")
+    expect(prediction.locator("output")).to_contain_text("Your guess: 88")
+    revealed = run(notebook_1, "accuracy_guess.reveal(", "accuracy_guess.reveal(92.5)")
+    expect(revealed).to_contain_text(re.compile("your guess.*88.*measured.*92.5.*Close", re.S))
+
+
+def test_an_exercise_answers_in_words(notebook_1):
+    expect(run(notebook_1, "mlp.layer_parameters.check(")).to_contain_text("Not attempted yet")
+    answer = "def count(in_features, out_features): return {}\nmlp.layer_parameters.check(count)"
+    for formula, words in (
+        ("in_features * out_features", "bias forgotten"),
+        ("count(in_features, out_features)", "calls itself without end"),
+        ("in_features * out_features + out_features", "Right."),
+    ):
+        output = run(notebook_1, "mlp.layer_parameters.check(", answer.format(formula))
+        expect(output).to_contain_text(words, timeout=20_000)
+        expect(output).not_to_contain_text("Traceback")
+
+
+def test_the_quiz_answers_each_choice(notebook_1):
+    quiz = run(notebook_1, "mlp.quiz()").locator(".lora-quiz")
+    radios = quiz.get_by_role("radio")
+    radios.nth(0).focus()
+    radios.nth(0).press("Space")
+    expect(quiz.locator("output").first).to_contain_text("✘ Not so.")
+    radios.nth(0).press("Tab")
+    notebook_1.keyboard.press("Space")
+    expect(quiz.locator("output").first).to_contain_text("✔ Right.")
+    radios.nth(4).click()
+    expect(quiz.locator("output").last).to_contain_text("Right at the first try: 1 of 4.")
+
+
+def test_preflight_and_the_projector_look(notebook_1):
+    output = run(notebook_1, "preflight()", "preflight()")
+    output.get_by_label("Tick this box").check(timeout=150_000)  # it trains the base first, where none is cached
+    expect(output).to_contain_text("Yes, widgets run.")
+    words, size = output.locator("output").first, "element => parseFloat(getComputedStyle(element).fontSize)"
+    usual = words.evaluate(size)
+    expect(run(notebook_1, "# projector_mode()", "projector_mode()")).to_contain_text("Large type is on")
+    assert cell(notebook_1, "preflight()").locator("output").first.evaluate(size) > 1.3 * usual
+    notebook_1.screenshot(path=SCREENSHOT) if SCREENSHOT else None
