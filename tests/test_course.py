@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from lora_helpers import (
     LoRAParametrization, PredictChoice, PredictNumber, PredictRanking, Question, RichBoyNet, add_lora, evaluate, freeze_base,
-    lora_disabled, only_digit, plot_losses, preflight, projector_mode, train,
+    load_mnist, lora_disabled, only_digit, plot_losses, preflight, projector_mode, train,
 )  # fmt: skip
 from lora_helpers.course import digit_9, mechanics, mlp, scaling, your_turn
 from lora_helpers.course import preflight as preflight_module
@@ -649,8 +650,8 @@ def test_preflight_says_ready_and_the_tick_is_answered():
     assert torch.equal(torch.get_rng_state(), state)
     # Widgets and packages are there; speed depends on the machine, so its verdict is not asserted.
     found = {check.what: check for check in result.checks}
-    assert found["versions"].good and f"torch {torch.__version__.split('+')[0]}" in found["versions"].found
-    assert "3,000 training" in found["digits"].found and found["base network"].good and found["widgets"].good
+    assert found["versions"].state == "good" and f"torch {torch.__version__.split('+')[0]}" in found["versions"].found
+    assert "3,000 training" in found["digits"].found and found["base network"].state == found["widgets"].state == "good"
     assert repr(result).endswith(result.verdict) and result.verdict in result._repr_mimebundle_()["text/html"]
     result.box.value = True
     assert "Yes, widgets run" in result._answer.value
@@ -669,13 +670,24 @@ def test_preflight_says_what_to_do(monkeypatch, tmp_path):
     assert not result.ready and result.verdict.startswith("Not ready.")
     for words in ("Install again", "Unset LORA_MNIST", "Install ipywidgets"):
         assert words in result.verdict
+    assert [check.state for check in result.checks].count("look here") == 3 and "✘ look here" in result._table()
     assert "torch is 2.0.0, needed is" in repr(result)
 
 
-def test_a_slow_machine_is_told_what_to_do(monkeypatch):
+def test_a_slow_machine_is_ready_and_told_what_to_do(monkeypatch):
     monkeypatch.setattr(preflight_module, "SLOW", 0.0)
     result = preflight()
-    assert not result.ready and "TEACHING.md" in result.verdict
+    assert result.ready and result.verdict.startswith("Ready, but slow here. Close what else runs") and "TEACHING.md" in result.verdict
+    assert "slow, but works" in repr(result) and "◐ slow, but works" in result._table()
+
+
+def test_a_base_that_cannot_be_cached_is_no_obstacle(monkeypatch, tmp_path):
+    def uncached(mnist, progress):
+        warnings.warn("Not cached")
+
+    monkeypatch.setattr(preflight_module, "pretrained_base", uncached)
+    found = preflight_module._base(load_mnist())
+    assert found.state == "slow, but works" and "LORA_CACHE" in found.advice
 
 
 def test_large_type_and_back(capsys):

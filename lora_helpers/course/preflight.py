@@ -21,15 +21,21 @@ from lora_helpers.training import pretrained_base
 
 PACKAGES = ("torch", "torchvision", "jupyterlab", "ipywidgets", "matplotlib", "numpy", "safetensors")
 SLOW = 3.0  # seconds for one fine-tuning, beyond which a slider is no longer pleasant to use live
+GOOD, SLUGGISH, BROKEN = "good", "slow, but works", "look here"
+_MARKS = {GOOD: "✔", SLUGGISH: "◐", BROKEN: "✘"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the preflight: what was looked at, what was found, whether it will do, and what to do if not."""
+    """One line of the preflight: what was looked at, what was found, its state, and what to do if that is not good.
+
+    Attributes:
+        state: "good", "slow, but works" or "look here".
+    """
 
     what: str
     found: str
-    good: bool = True
+    state: str = GOOD
     advice: str = ""
 
 
@@ -37,13 +43,14 @@ class Preflight(widgets.VBox):
     """The checks, a verdict in words, and a box to tick: only a tick that is answered shows that widgets run.
 
     Attributes:
-        checks: a tuple of `Check`. ready: whether all are good. verdict: a sentence or two.
+        checks: a tuple of `Check`. ready: whether the notebooks run here, be it slowly. verdict: a sentence or two.
     """
 
     def __init__(self, checks: tuple[Check, ...]):
-        self.checks, self.ready = checks, all(check.good for check in checks)
-        advice = " ".join(check.advice for check in checks if not check.good)
-        self.verdict = "Ready." if self.ready else f"Not ready. {advice}"
+        states = {check.state for check in checks}
+        self.checks, self.ready = checks, BROKEN not in states
+        opening = "Not ready." if not self.ready else "Ready, but slow here." if SLUGGISH in states else "Ready."
+        self.verdict = " ".join([opening, *(check.advice for check in checks if check.state != GOOD)])
         self.box = widgets.Checkbox(False, description="Tick this box: do widgets run here?", indent=False, layout=widgets.Layout(width="auto"))
         self._answer = widgets.HTML("<output>No answer yet.</output>")
         self.box.observe(self._ticked, names="value")
@@ -54,14 +61,14 @@ class Preflight(widgets.VBox):
 
     def _table(self) -> str:
         rows = "".join(
-            f'<tr><th scope="row" style="text-align: left">{html.escape(check.what)}</th><td>{"✔ good" if check.good else "✘ look here"}</td>'
+            f'<tr><th scope="row" style="text-align: left">{html.escape(check.what)}</th><td style="text-align: left">{_MARKS[check.state]} {check.state}</td>'
             f'<td style="text-align: left">{html.escape(check.found)}</td></tr>'
             for check in self.checks
         )
         return f"<table>{rows}</table><p><b>{html.escape(self.verdict)}</b></p>"
 
     def __repr__(self) -> str:
-        lines = [f"{'good' if check.good else 'LOOK':4} {check.what}: {check.found}" for check in self.checks]
+        lines = [f"{check.state:15} · {check.what}: {check.found}" for check in self.checks]
         return "\n".join([*lines, self.verdict])
 
     def _repr_mimebundle_(self, **kwargs):
@@ -81,7 +88,7 @@ def preflight() -> Preflight:
         checks += [Check("digits", str(mnist)), _cache(), _base(mnist), _speed(mnist)]
     except RuntimeError as error:
         advice = "Unset LORA_MNIST to go on with the bundled sample, or set LORA_MNIST_ROOT to the folder that holds MNIST/raw."
-        checks.append(Check("digits", str(error).splitlines()[0], False, advice))
+        checks.append(Check("digits", str(error).splitlines()[0], BROKEN, advice))
     return Preflight((*checks, _widget_files()))
 
 
@@ -104,7 +111,7 @@ def _versions() -> Check:
         if not need.specifier.contains(have, prereleases=True):
             wrong.append(f"{need.name} is {have}, needed is {need.specifier}")
     if wrong:
-        return Check("versions", "; ".join(wrong), False, "Install again with the README's first command, and start JupyterLab with it.")
+        return Check("versions", "; ".join(wrong), BROKEN, "Install again with the README's first command, and start JupyterLab with it.")
     return Check("versions", ", ".join(found))
 
 
@@ -134,8 +141,8 @@ def _base(mnist: Mnist) -> Check:
         pretrained_base(mnist, progress=False)
         took = time.perf_counter() - start
     if caught:
-        advice = "Set LORA_CACHE to a folder that you may write to; otherwise each notebook trains its base anew."
-        return Check("base network", f"ready in {took:.1f} s, but not cached", took < 5, advice)
+        advice = "Set LORA_CACHE to a folder that you may write to; until then each notebook trains its base anew."
+        return Check("base network", f"ready in {took:.1f} s, but not cached", SLUGGISH, advice)
     return Check("base network", f"ready in {took:.1f} s")
 
 
@@ -146,8 +153,11 @@ def _speed(mnist: Mnist) -> Check:
         start = time.perf_counter()
         fine_tune(base, mnist, seed=seed)
         times.append(time.perf_counter() - start)
-    advice = "Close what else runs here, or show the stored notebook and train before the lesson (notebooks/TEACHING.md, “A slow machine”)."
-    return Check("one fine-tuning, 100 batches and a test", f"{min(times):.1f} s", min(times) <= SLOW, advice)
+    advice = (
+        "Close what else runs on this machine. If that does not help, run the notebooks before the lesson and move a slider one step "
+        "at a time (TEACHING.md, “A slow machine”)."
+    )
+    return Check("one fine-tuning, 100 batches and a test", f"{min(times):.1f} s", GOOD if min(times) <= SLOW else SLUGGISH, advice)
 
 
 def _widget_files() -> Check:
@@ -155,7 +165,7 @@ def _widget_files() -> Check:
     if any(place.is_dir() for place in places):
         return Check("widgets", "their part of JupyterLab is installed; the box below shows whether they run")
     return Check(
-        "widgets", "their part of JupyterLab is missing", False,
+        "widgets", "their part of JupyterLab is missing", BROKEN,
         "Install ipywidgets where JupyterLab runs, reload the page, and run this cell again.",
     )  # fmt: skip
 
