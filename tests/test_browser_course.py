@@ -5,21 +5,16 @@ import re
 
 import pytest
 from playwright.sync_api import Page, expect
-from test_browser_widgets import browser, lab  # noqa: F401  (fixtures)
+from test_browser_widgets import browser, lab, run_all  # noqa: F401  (fixtures)
 
 SCREENSHOT = os.environ.get("LORA_SCREENSHOT")
 
 
 @pytest.fixture(scope="module")
 def notebook_1(lab, browser):  # noqa: F811
-    """Notebook 1 with its first cell run, and what the page called errors. Each test runs the cells that it needs."""
-    page = browser.new_page(viewport={"width": 1280, "height": 1400})
-    page.set_default_timeout(60_000)
-    page.errors = []
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.goto(f"{lab}/doc/tree/1_mlp.ipynb?reset")
-    page.locator("[data-status=idle]").first.wait_for(state="attached")
-    run(page, "from lora_helpers.course import mlp")
+    """Notebook 1 with all its cells run, and what the page called errors."""
+    page = run_all(lab, browser, "1_mlp.ipynb", height=1400)
+    page.locator(".lora-quiz").wait_for(timeout=120_000)  # the last cell's
     yield page
     page.close()
     assert not page.errors
@@ -105,6 +100,6 @@ def test_preflight_and_the_projector_look(notebook_1):
     expect(output).to_contain_text("Yes, widgets run.")
     words, size = output.locator("output").first, "element => parseFloat(getComputedStyle(element).fontSize)"
     usual = words.evaluate(size)
-    expect(run(notebook_1, "# projector_mode()", "projector_mode()")).to_contain_text("Large type is on")
+    expect(run(notebook_1, "projector_mode()", "projector_mode()")).to_contain_text("Large type is on")
     assert cell(notebook_1, "preflight()").locator("output").first.evaluate(size) > 1.3 * usual
     notebook_1.screenshot(path=SCREENSHOT) if SCREENSHOT else None

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SETTINGS = {
@@ -81,17 +81,26 @@ def browser(chromium):
 @pytest.fixture(scope="module")
 def page(lab, browser):
     """Notebook 4 with all its cells run, and what the browser's console called errors."""
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page = run_all(lab, browser, "4_digit_9.ipynb", height=1000)
+    page.locator(".lora-panel").nth(1).wait_for(timeout=180_000)
+    yield page
+    page.close()
+
+
+def run_all(lab: str, browser: Browser, notebook: str, height: int) -> Page:
+    """A page that shows `notebook` and has just begun to run all its cells; `page.errors` is what it called errors."""
+    page = browser.new_page(viewport={"width": 1280, "height": height})
+    page.set_default_timeout(60_000)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
-    page.goto(f"{lab}/doc/tree/4_digit_9.ipynb?reset")
-    page.locator("[data-status=idle]").first.wait_for(timeout=60_000, state="attached")
+    page.goto(f"{lab}/doc/tree/{notebook}?reset")
+    # Before it has a kernel, a notebook that is told to run asks for one in a dialog.
+    page.locator(".jp-NotebookPanel-toolbar [data-status=idle]").wait_for(state="attached")
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
     page.get_by_text("Run", exact=True).first.click()
     page.get_by_text("Run All Cells", exact=True).click()
-    page.locator(".lora-panel").nth(1).wait_for(timeout=120_000)
-    yield page
-    page.close()
+    return page
 
 
 @pytest.fixture
