@@ -6,9 +6,12 @@ each module imports only from those before it.
 
 import importlib
 
+__version__ = "0.1.0"
+
 # Looked up on first use: pictures and widgets take a second to import, which a script that only trains need not wait.
 _MODULE_OF = {
     "cache_folder": "cache",
+    "clear_cache": "cache",
     "Mnist": "data",
     "load_mnist": "data",
     "only_digit": "data",

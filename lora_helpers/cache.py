@@ -1,47 +1,115 @@
-"""Trained weights and downloads, kept in one folder so that each notebook starts in seconds."""
+"""Trained weights and downloads, kept in one folder so that each notebook starts in seconds.
 
+Whatever is read there is checked; whatever cannot be read or written is made anew, with a warning and never an error.
+"""
+
+import hashlib
+import itertools
 import os
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+_UNFINISHED = "lora-unfinished-"
+_BASE, _RAW = f"base-*-{'[0-9a-f]' * 16}", "mnist/MNIST/raw"
+_OWN = (f"{_BASE}.safetensors", f"{_BASE}.damaged*", f"{_RAW}/*-ubyte", f"{_RAW}/*-ubyte.damaged*", f"**/{_UNFINISHED}*")
 
 
 def cache_folder() -> Path:
-    """The folder of the cache: the environment variable LORA_CACHE, else the system's own place."""
+    """The folder of trained networks and downloads: the environment variable LORA_CACHE, else the system's own place."""
     return Path(os.environ.get("LORA_CACHE") or user_cache_path("lora-notebooks", appauthor=False))
+
+
+def clear_cache() -> None:
+    """Deletes the trained networks and downloads in `cache_folder()`. Other files, and links out of it, are left alone.
+
+    Nothing is lost but time: what is missing is trained or downloaded again. A file that cannot be deleted is named in a warning.
+    """
+    folder = cache_folder()
+    if not folder.is_dir():
+        return
+    for path in [path for pattern in _OWN for path in folder.glob(pattern) if path.resolve().is_relative_to(folder.resolve())]:
+        try:
+            if path.name.startswith(_UNFINISHED):
+                shutil.rmtree(path)
+            elif not path.is_dir():
+                path.unlink()
+        except FileNotFoundError:
+            pass  # another kernel was quicker
+        except OSError as error:
+            warnings.warn(f"Not deleted: {path} ({error}).", stacklevel=2)
+    for emptied in ("mnist/MNIST/raw", "mnist/MNIST", "mnist"):
+        try:
+            (folder / emptied).rmdir()
+        except OSError:
+            pass  # it is not there, or holds other files
 
 
 def load_tensors(name: str) -> dict[str, torch.Tensor] | None:
     """The tensors saved under `name`, or None where there are none.
 
-    A file that cannot be read is set aside as NAME.damaged with a warning. Nothing is unpickled.
+    A file whose content is not what was saved is set aside. Nothing is unpickled.
     """
     path = cache_folder() / f"{name}.safetensors"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            if (file.metadata() or {}).get("digest") != _digest(name, tensors):
+                raise ValueError("its content is not what was saved")
+            return tensors
+    except FileNotFoundError:  # deleted in this moment
+        return None
     except Exception as error:  # safetensors raises its own types as well as OSError
-        warnings.warn(f"The cached file {path} cannot be read ({error}); it is set aside and made anew.", stacklevel=3)
-        try:
-            path.replace(path.with_suffix(".damaged"))
-        except OSError:
-            pass  # a read-only folder: the file stays and is passed over again
+        set_aside(path, error)
         return None
 
 
 def save_tensors(name: str, tensors: dict[str, torch.Tensor]) -> None:
     """Saves `tensors` under `name`: whole or not at all. A folder that cannot be written to is no error."""
+    _keep(cache_folder() / f"{name}.safetensors", lambda path: save_file(tensors, path, {"digest": _digest(name, tensors)}))
+
+
+def keep_file(source: Path, target: Path) -> None:
+    """Copies `source` to `target`: whole or not at all. A folder that cannot be written to is no error."""
+    _keep(target, lambda path: shutil.copyfile(source, path))
+
+
+def set_aside(path: Path, reason: object) -> None:
+    """Renames a damaged file to NAME.damaged, with a warning, so that it can be made anew."""
+    names = (path.with_suffix(f".damaged{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
     try:
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            path = Path(work) / "tensors"
-            save_file(tensors, path)
-            path.replace(folder / f"{name}.safetensors")
+        path.replace(aside)
+        outcome = f"It is now {aside.name}, and is made anew"
+    except FileNotFoundError:
+        return  # another kernel was quicker
+    except OSError as error:
+        outcome = f"It cannot be set aside either ({error}), and is passed over"
+    warnings.warn(f"The cached file {path} is damaged ({reason}). {outcome}; nothing is lost.", stacklevel=4)
+
+
+def _keep(target: Path, write) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as work:
+            path = Path(work) / target.name
+            write(path)
+            path.replace(target)
     except Exception as error:  # a full disk reaches us as safetensors' own error
-        warnings.warn(f"Not cached ({error}); the next notebook will compute it again.", stacklevel=3)
+        warnings.warn(f"Not cached: {target} ({error}). The next notebook will make it again.", stacklevel=4)
+
+
+def _digest(name: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(name.encode(), digest_size=16)
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()

@@ -1,7 +1,9 @@
 """The digits: a bundled sample that needs no network, and the full MNIST."""
 
+import hashlib
 import os
 import socket
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +11,17 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from lora_helpers.cache import cache_folder
+from lora_helpers.cache import cache_folder, keep_file, set_aside
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to [0, 1]
 SAMPLE_TRAIN_PER_DIGIT = 300  # of 500; why 300/200 and three epochs: README, "What you will see"
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer before a download gives up
+FILES = {  # of MNIST, unpacked, with their MD5 sums
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,12 @@ def load_mnist(source: str | None = None, root: str | os.PathLike | None = None)
             environment variable LORA_MNIST, else "sample".
         root: for "full", the folder that holds, or is to hold, `MNIST/raw`. Default: the
             environment variable LORA_MNIST_ROOT (a relative one counts from the current folder,
-            or the nearest above it that has the files), else a cache folder. Files missing
-            there are downloaded by torchvision.
+            or the nearest above it that has the files), else the cache folder. Files missing
+            there are downloaded by torchvision; in the cache, damaged ones too.
 
     Raises:
         ValueError: `source` is neither "sample" nor "full".
-        RuntimeError: the full MNIST is not in `root` and could not be downloaded.
+        RuntimeError: the full MNIST is not in `root` and could not be downloaded, or its files are damaged.
 
     Source: mean and deviation as in PyTorch's MNIST example; files by
     https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.MNIST.html
@@ -120,12 +128,23 @@ def _load_sample() -> Mnist:
 
 
 def _load_full(root: Path) -> Mnist:
+    raw = root / "MNIST" / "raw"
+    if root == _cached_root():
+        _set_damaged_aside(raw)
+    with tempfile.TemporaryDirectory() as work:  # an interrupted download leaves nothing behind
+        if not _is_complete(root):
+            raw = _download(Path(work), root)
+        train, test = (_read(raw, part) for part in ("train", "t10k"))
+    return Mnist(train, test, "full")
+
+
+def _download(work: Path, root: Path) -> Path:
     from torchvision.datasets import MNIST  # slow to import, and only needed here
 
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision offers no time limit of its own
     try:
-        parts = [MNIST(root, train=train, download=not _is_complete(root)) for train in (True, False)]
+        MNIST(work, download=True)
     except (RuntimeError, OSError, ValueError) as error:
         raise RuntimeError(
             f"The full MNIST is not in {root} and could not be fetched: {error}\n"
@@ -134,19 +153,52 @@ def _load_full(root: Path) -> Mnist:
         ) from error
     finally:
         socket.setdefaulttimeout(previous)
-    train, test = (_normalised(part.data, part.targets) for part in parts)
-    return Mnist(train, test, "full")
+    for name in FILES:
+        if not (root / "MNIST" / "raw" / name).is_file():
+            keep_file(work / "MNIST" / "raw" / name, root / "MNIST" / "raw" / name)
+    return work / "MNIST" / "raw"
+
+
+def _read(raw: Path, part: str) -> TensorDataset:
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    try:
+        images, labels = read_image_file(raw / f"{part}-images-idx3-ubyte"), read_label_file(raw / f"{part}-labels-idx1-ubyte")
+        if images.shape[1:] != (28, 28) or len(images) != len(labels) or labels.max() > 9:
+            raise ValueError(f"images {tuple(images.shape)}, labels {tuple(labels.shape)} up to {labels.max()}")
+    except Exception as error:  # torchvision checks with assert, index and reshape
+        raise RuntimeError(
+            f"The {part} files in {raw} are not MNIST's, or are damaged ({type(error).__name__}: {error}). "
+            "Delete them to have them downloaded again, or pass another root."
+        ) from error
+    return _normalised(images, labels)
+
+
+def _set_damaged_aside(raw: Path) -> None:
+    for name, expected in FILES.items():
+        try:
+            with (raw / name).open("rb") as file:
+                found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            found = error
+        if found != expected:
+            set_aside(raw / name, found if isinstance(found, OSError) else "its content is not MNIST's")
+
+
+def _cached_root() -> Path:
+    return cache_folder() / "mnist"
 
 
 def _usual_root() -> Path:
     named = os.environ.get("LORA_MNIST_ROOT")
     if not named:
-        return cache_folder() / "mnist"
+        return _cached_root()
     # A notebook runs in its own folder, which is not the one where the variable was set.
     places = [folder / named for folder in (Path.cwd(), *Path.cwd().parents)]
     return next((place for place in places if _is_complete(place)), places[0])
 
 
 def _is_complete(root: Path) -> bool:
-    names = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    return all((root / "MNIST" / "raw" / name).is_file() for name in names)
+    return all((root / "MNIST" / "raw" / name).is_file() for name in FILES)

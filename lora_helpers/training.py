@@ -11,6 +11,7 @@ from torch.optim.adam import adam
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
+from lora_helpers import __version__
 from lora_helpers.cache import load_tensors, save_tensors
 from lora_helpers.data import Mnist, as_tensors
 from lora_helpers.factorisation import factorised, side_by_side
@@ -88,7 +89,7 @@ def train(
 
     Source: Adam, https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html
     """
-    images, labels = _checked(dataset, lr, epochs=epochs, batch_size=batch_size, max_batches=max_batches)
+    images, labels = _checked(dataset, lr, seed, epochs=epochs, batch_size=batch_size, max_batches=max_batches)
     trainable = [p for p in net.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("Nothing to train: every parameter is frozen. Add LoRA, or set requires_grad.")
@@ -133,7 +134,7 @@ def train_side_by_side(
         ValueError: a number out of range, an empty dataset, or networks that are no copies of one base with LoRA.
         TypeError: `dataset` is no `TensorDataset` of images and labels.
     """
-    images, labels = _checked(dataset, lr, batch_size=batch_size, max_batches=max_batches)
+    images, labels = _checked(dataset, lr, seed, batch_size=batch_size, max_batches=max_batches)
     trainable = [p for net in nets for p in net.parameters() if p.requires_grad]
     optimizer = _Adam(trainable, lr=lr, fused=True)
     images, labels = images.to(trainable[0].device), labels.to(trainable[0].device)
@@ -170,15 +171,21 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
     """A `RichBoyNet` trained on `mnist`, from the cache; trained and cached where it is missing.
 
     The recipe: Adam, learning rate 0.001, batches of 10, `mnist.pretraining_epochs` passes.
-    The cache is keyed by recipe, data, seed and PyTorch's version.
+    The cache is keyed by recipe, data, seed, and the versions of PyTorch and of this package.
     PyTorch's global random stream is left as it was.
+
+    Raises:
+        TypeError: `mnist` is no `Mnist`. ValueError: `seed` is no whole number of at least 0.
     """
+    if not isinstance(mnist, Mnist):
+        raise TypeError(f"mnist is a {type(mnist).__name__}; it must be what load_mnist() returns.")
+    _check_seed(seed)
     name = f"base-{mnist.source}-{_fingerprint(mnist.train, mnist.pretraining_epochs, seed)}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = RichBoyNet()
     state = load_tensors(name)
-    if state is None or not _fits(net, state):
+    if state is None:
         train(net, mnist.train, epochs=mnist.pretraining_epochs, seed=seed, progress=progress)
         save_tensors(name, net.state_dict())
     else:
@@ -186,13 +193,20 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
     return net
 
 
-def _checked(dataset: TensorDataset, lr: float, **counts: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _checked(dataset: TensorDataset, lr: float, seed: int | None, **counts: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    if seed is not None:
+        _check_seed(seed)
     if not 0 < lr < float("inf"):
         raise ValueError(f"lr is {lr!r}; it must be a positive, finite number.")
     return as_tensors(dataset)
+
+
+def _check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to 2**63 - 1.")
 
 
 class _Adam:
@@ -223,14 +237,9 @@ def _batches(size: int, batch_size: int, seed: int | None):
         yield from torch.randperm(size, generator=generator).split(batch_size)
 
 
-def _fits(net: nn.Module, state: dict[str, torch.Tensor]) -> bool:
-    expected = {name: (t.shape, t.dtype) for name, t in net.state_dict().items()}
-    found = {name: (t.shape, t.dtype) for name, t in state.items()}
-    return found == expected and all(t.isfinite().all() for t in state.values())
-
-
 def _fingerprint(dataset: TensorDataset, epochs: int, seed: int) -> str:
-    digest = hashlib.blake2b(f"RichBoyNet Adam 0.001 10 {epochs} {seed} {torch.__version__}".encode(), digest_size=8)
+    recipe = f"RichBoyNet Adam 0.001 10 {epochs} {seed} torch {torch.__version__} lora_helpers {__version__}"
+    digest = hashlib.blake2b(recipe.encode(), digest_size=8)
     for tensor in dataset.tensors:
         digest.update(tensor.contiguous().numpy())
     return digest.hexdigest()

@@ -140,7 +140,7 @@ def _base(mnist: Mnist) -> Check:
         start = time.perf_counter()
         pretrained_base(mnist, progress=False)
         took = time.perf_counter() - start
-    if caught:
+    if any("Not cached" in str(warning.message) for warning in caught):
         advice = "Set LORA_CACHE to a folder that you may write to; until then each notebook trains its base anew."
         return Check("base network", f"ready in {took:.1f} s, but not cached", SLUGGISH, advice)
     return Check("base network", f"ready in {took:.1f} s")
