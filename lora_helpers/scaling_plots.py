@@ -135,7 +135,7 @@ def plot_terms(norms: Sequence[float], along: Sequence[float]) -> Picture:
 
 def plot_grids(groups: dict[str, Sequence[Run]]) -> Picture:
     """Heat maps of α (rows) by learning rate (columns): wrong nines above, accuracy below, one column for each group. ✗: diverged."""
-    figure = Picture("", figsize=(4.6 * len(groups), 6))
+    figure = Picture("", figsize=(4.6 * len(groups), 5.4))
     said = []
     grid_of_axes = figure.subplots(2, len(groups), squeeze=False)
     for column, (name, runs) in enumerate(groups.items()):

@@ -14,6 +14,8 @@ from lora_helpers.course.exercise import Exercise
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 MODULES = {"1": mlp, "2": scaling, "3": mechanics, "4": digit_9, "5": your_turn}
 LONGEST = 12  # lines of a code cell
+WIDEST_CODE, WIDEST_OUTPUT = 104, 96  # characters of a line that fits a slide of 1280 pixels, and a projector
+DECK = ("--no-prompt", "--SlidesExporter.reveal_width=1280", "--SlidesExporter.reveal_height=720")  # as in TEACHING.md
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -108,6 +110,14 @@ def test_code_cells_are_short(notebook):
         assert len([line for line in cell.source.splitlines() if line.strip()]) <= LONGEST, cell.source
 
 
+def test_lines_fit_a_slide_and_a_projector(notebook):
+    for cell in code(notebook):
+        assert max(map(len, cell.source.splitlines())) <= WIDEST_CODE, cell.source
+        if cell.metadata["slideshow"]["slide_type"] != "skip":
+            for output in cell.outputs:
+                assert all(len(line) <= WIDEST_OUTPUT for line in output.get("text", "").splitlines()), output["text"]
+
+
 def test_every_picture_has_a_text_alternative(notebook):
     pictures = 0
     for cell in code(notebook):
@@ -141,7 +151,7 @@ def test_the_links_between_the_notebooks_lead_somewhere(notebook, path):
 def decks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decks")
     subprocess.run(
-        [sys.executable, "-m", "jupyter", "nbconvert", "--to", "slides", "--output-dir", str(folder), *map(str, NOTEBOOKS)],
+        [sys.executable, "-m", "jupyter", "nbconvert", "--to", "slides", *DECK, "--output-dir", str(folder), *map(str, NOTEBOOKS)],
         check=True, capture_output=True, timeout=120,
     )  # fmt: skip
     return folder
