@@ -27,13 +27,13 @@ def factorised(net: nn.Module) -> Iterator[nn.Module]:
     changed = []
     try:
         for layer in net.modules():
-            if _has_only_lora(layer):
+            if _has_only_lora(layer) and "forward" not in vars(layer):  # there is one within another such block
+                changed.append(layer)  # noted first: an interrupt may come between the two
                 layer.forward = MethodType(_thin_forward, layer)
-                changed.append(layer)
         yield net
     finally:
         for layer in changed:
-            del layer.forward
+            vars(layer).pop("forward", None)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 
@@ -27,7 +28,8 @@ class LoRAParametrization(nn.Module):
         rank_stabilised: scales by alpha / √rank instead, as rsLoRA does.
 
     Raises:
-        ValueError: a size, `rank` or `alpha` is not as above.
+        ValueError: a size, `rank` or `alpha` is not as above, or `dtype` is not floating-point or cannot hold the scale.
+        TypeError: `rank_stabilised` is not a bool.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685,
     section 4.1; rsLoRA, arXiv 2312.03732; torch.nn.utils.parametrize,
@@ -51,12 +53,17 @@ class LoRAParametrization(nn.Module):
         for argument, value in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
             _check_whole(argument, value)
         _check_alpha(alpha)
+        _check_dtype(dtype)
+        if not isinstance(rank_stabilised, bool):
+            raise TypeError(f"rank_stabilised is {rank_stabilised!r}; it must be True or False.")
         a = torch.randn(rank, in_features, dtype=dtype, generator=generator).to(device)
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         self.rank, self.alpha, self.rank_stabilised = rank, alpha, rank_stabilised
         self.name = name
         self.enabled = self.active = True
+        if not 0 < torch.tensor(self.scale, dtype=a.dtype) < math.inf:
+            raise ValueError(f"alpha is {alpha}, so the scale is {self.scale:g}, which {a.dtype} cannot hold; choose an alpha nearer to 1.")
 
     @property
     def scale(self) -> float:
@@ -101,7 +108,13 @@ class ParameterCount:
 
 
 def lora_layers(net: nn.Module) -> dict[str, list[LoRAParametrization]]:
-    """The adapted layers of `net` by name, each with the LoRA parametrizations on its weight."""
+    """The adapted layers of `net` by name, each with the LoRA parametrizations on its weight.
+
+    Raises:
+        TypeError: `net` is no `torch.nn.Module`.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net is a {type(net).__name__}; it must be a network, such as RichBoyNet().")
     found = {}
     for name, layer in net.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
@@ -149,9 +162,10 @@ def add_lora(
 
     Raises:
         ValueError: bad `rank` or `alpha`, an unknown layer, a name that is taken, a layer with
-            another parametrization or a shared weight. Nothing is changed then.
-        TypeError: a named layer is no `Linear`.
+            another parametrization or a shared weight, or within `parametrize.cached()`.
+        TypeError: `net` is no network, or a named layer is no `Linear`. Nothing is changed then.
     """
+    _refuse_in_cache()
     _check_whole("rank", rank)
     _check_alpha(alpha)
     if not isinstance(name, str) or not name:
@@ -168,13 +182,15 @@ def add_lora(
             f"rank is {rank}; for {', '.join(chosen)} it must be at most {largest}, "
             "the smaller side of the largest weight: no update has a higher rank."
         )
-    for layer in chosen.values():
-        out_features, in_features = layer.weight.shape
-        adapter = LoRAParametrization(
-            in_features, out_features, rank, alpha,
+    adapters = [
+        LoRAParametrization(
+            layer.weight.shape[1], layer.weight.shape[0], rank, alpha,
             device=layer.weight.device, dtype=layer.weight.dtype, generator=generator,
             name=name, rank_stabilised=rank_stabilised,
-        )  # fmt: skip
+        )
+        for layer in chosen.values()
+    ]  # fmt: skip
+    for layer, adapter in zip(chosen.values(), adapters):  # all are made before the first is added: one that fails changes nothing
         parametrize.register_parametrization(layer, "weight", adapter)
     use_adapter(net, name)
     return net
@@ -301,9 +317,10 @@ def _require_only_lora(net: nn.Module) -> None:
 def _unparametrize(layer: nn.Linear, leave_parametrized: bool) -> None:
     _give_own_class(layer)
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=leave_parametrized)
-    bias = layer.bias  # registered again, so that it comes after the weight as in any other Linear
-    del layer.bias
-    layer.register_parameter("bias", bias)
+    bias = dict(layer.named_parameters(recurse=False)).get("bias")
+    if bias is not None:  # registered again, so that it comes after the weight as in any other Linear
+        del layer.bias
+        layer.register_parameter("bias", bias)
 
 
 def _give_own_class(layer: nn.Module) -> None:
@@ -319,10 +336,19 @@ def _lora_parameters(net: nn.Module) -> list[nn.Parameter]:
 
 
 def _require_lora(net: nn.Module) -> list[LoRAParametrization]:
+    _refuse_in_cache()
     adapters = [adapter for found in lora_layers(net).values() for adapter in found]
     if not adapters:
         raise ValueError(f"This {type(net).__name__} has no LoRA; call add_lora(net) first.")
     return adapters
+
+
+def _refuse_in_cache() -> None:
+    if parametrize._cache_enabled:  # PyTorch tells it nowhere else
+        raise ValueError(
+            "Within torch.nn.utils.parametrize.cached() weights stay as they were first read, so a switch, a merge or a removal "
+            "would act on old ones, or not at all. Do it before or after that block."
+        )
 
 
 def _choose_layers(net: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Linear]:
@@ -347,6 +373,8 @@ def _choose_layers(net: nn.Module, layers: Iterable[str] | None) -> dict[str, nn
                     "with torch.nn.utils.parametrize.remove_parametrizations."
                 )
             continue
+        if is_lazy(layer.weight):
+            raise ValueError(f"The weight of {name!r} has no shape yet; run the network once on a batch first.")
         owners = [other for other, module in modules.items() if getattr(module, "weight", None) is layer.weight]
         if len(owners) > 1:
             raise ValueError(f"{' and '.join(owners)} share one weight; adapting one of them would untie them.")
@@ -359,5 +387,10 @@ def _check_whole(name: str, value: int) -> None:
 
 
 def _check_alpha(alpha: float) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and alpha > 0):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= torch.finfo(torch.float64).max:
         raise ValueError(f"alpha is {alpha!r}; it must be a positive, finite number.")
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"dtype is {dtype}; it must be float16, bfloat16, float32 or float64.")
