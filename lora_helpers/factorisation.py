@@ -27,7 +27,7 @@ def factorised(net: nn.Module) -> Iterator[nn.Module]:
     changed = []
     try:
         for layer in net.modules():
-            if _has_only_lora(layer) and "forward" not in vars(layer):  # there is one within another such block
+            if _has_only_lora(layer):
                 changed.append(layer)  # noted first: an interrupt may come between the two
                 layer.forward = MethodType(_thin_forward, layer)
         yield net

@@ -1,6 +1,7 @@
 """Fine-tuning on one digit as a pure computation: settings in, a tested adapter out, remembered."""
 
 import copy
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,9 @@ def fine_tune(
         ValueError: an argument out of range, or `base` already has LoRA.
     """
     settings = Settings(rank=rank, alpha=alpha, batches=batches, digit=digit, share=share, seed=seed)
-    return FineTuner(base, mnist).run(settings, stops=(batches,))[0]
+    result = FineTuner(base, mnist).run(settings, stops=(batches,))[0]
+    gc.collect()  # parametrized layers refer to themselves: without this, each call would keep its copy of the base for long
+    return result
 
 
 class FineTuner:

@@ -69,7 +69,8 @@ def train(
 ) -> list[float]:
     """Trains the trainable parameters of `net` on cross-entropy, in shuffled batches.
 
-    LoRA is computed in its factorised form (see `factorised`), which is faster and changes only rounding.
+    LoRA is computed in its factorised form (see `factorised`), which is faster and changes only rounding. `net` is in
+    training mode meanwhile. An interrupt leaves it usable, trained as far as it came.
 
     Args:
         epochs: passes over `dataset`, each in a new order.
@@ -99,20 +100,24 @@ def train(
     steps = max_batches or epochs * -(-len(labels) // batch_size)
     optimizer = (optimizer_class or _Adam)(trainable, lr=lr, fused=True)
     losses = torch.zeros(steps, device=device)
-    net.train()
-    with factorised(net), tqdm(total=steps, disable=not progress, unit="batch") as bar:
-        for step, batch in zip(range(steps), _batches(len(labels), batch_size, seed)):
-            batch = batch.to(device)
-            loss = F.cross_entropy(net(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[step] = loss.detach()
-            if progress and (step + 1) % 50 == 0:  # reading a loss makes the device wait
-                bar.set_postfix(loss=f"{losses[: step + 1].mean().item():.3f}", refresh=False)
-            bar.update()
-            if after_batch:
-                after_batch(step + 1)
+    was_training = net.training
+    try:
+        net.train()
+        with factorised(net), tqdm(total=steps, disable=not progress, unit="batch") as bar:
+            for step, batch in zip(range(steps), _batches(len(labels), batch_size, seed)):
+                batch = batch.to(device)
+                loss = F.cross_entropy(net(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses[step] = loss.detach()
+                if progress and (step + 1) % 50 == 0:  # reading a loss makes the device wait
+                    bar.set_postfix(loss=f"{losses[: step + 1].mean().item():.3f}", refresh=False)
+                bar.update()
+                if after_batch:
+                    after_batch(step + 1)
+    finally:
+        net.train(was_training)
     return losses.tolist()
 
 

@@ -138,9 +138,8 @@ class DigitPad(Panel):
         self.buttons = {button.description: button for button in buttons}
         hint = widgets.Label("Draw in the box, or pick:")
         super().__init__([widgets.HBox([hint, self.index_field, *buttons])], beside=[self.canvas])
-        self.observe(self._update, names="index")
         explorer.attach(self._update)
-        self._update()
+        self._follow("index")
 
     def draw(self, strokes: Sequence[Stroke]) -> None:
         """Shows `strokes`, points (x, y) on a canvas of 280×280, as if drawn by hand."""

@@ -55,8 +55,7 @@ class LoRAExplorer(Panel):
                 raise TypeError(f"{name!r} is no setting; allowed are rank, alpha, batches, digit, share, seed and enabled.")
             setattr(self, name, value)
         self.children = (*self._make_controls(), *self.children)
-        self.observe(self._update, names=[*Settings.__dataclass_fields__, "enabled"])
-        self._update()
+        self._follow(*Settings.__dataclass_fields__, "enabled")
         if self.status:
             raise ValueError(self.status)
 
@@ -132,8 +131,10 @@ class LoRAExplorer(Panel):
 
     def _refresh(self, state) -> None:
         settings, enabled = state
-        result, origin = self.tuner.run(settings, progress=self._training_progress())
-        self._progress.layout.visibility = "hidden"
+        try:
+            result, origin = self.tuner.run(settings, progress=self._training_progress())
+        finally:
+            self._progress.layout.visibility = "hidden"
         proofs = self.tuner.proofs(settings)
         summary = summarise(result, enabled, origin)
         self._show(self._picture.update(result, enabled, summary), summary)

@@ -159,8 +159,7 @@ class ParametrizationInspector(Panel):
             tie(self, "enabled", self.switch),
         ]
         super().__init__([widgets.HBox(rows, layout=WRAP)])
-        self.observe(self._update, names=["rank", "alpha", "steps", "enabled"])
-        self._update()
+        self._follow("rank", "alpha", "steps", "enabled")
 
     def _state(self):
         return self.rank, self.alpha, self.steps, self.enabled

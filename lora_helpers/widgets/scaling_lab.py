@@ -101,8 +101,7 @@ class ScalingLab(Panel):
             self._progress,
         ]
         super().__init__([widgets.HBox(row, layout=WRAP)])
-        self.observe(self._update, names=["rank", "alpha", "rule", "layer"])
-        self._update()
+        self._follow("rank", "alpha", "rule", "layer")
 
     def _state(self):
         return self.rank, self.alpha, self.rule, self.layer
