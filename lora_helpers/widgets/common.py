@@ -33,7 +33,7 @@ class Panel(widgets.VBox):
     def __init__(self, controls: list[widgets.Widget], below: list[widgets.Widget] = (), beside: list[widgets.Widget] = ()):
         self._lock = RLock()  # JupyterLab may run callbacks on several threads at once
         self._shown = None
-        self._moving, self._settled = (), {}  # the traits that move the panel, and their values when it was last brought up to date
+        self._watched, self._settled = (), {}  # the traits that move the panel, and their values when it was last brought up to date
         self._text, self._image, self._trouble = widgets.HTML(), widgets.HTML(), widgets.HTML()
         middle = widgets.HBox([*beside, self._image], layout=WRAP) if beside else self._image
         super().__init__([*controls, self._text, middle, *below, self._trouble])
@@ -63,19 +63,20 @@ class Panel(widgets.VBox):
                     self._go_back(state)
                     raise
                 self._shown = state
-                self._settled = {name: getattr(self, name) for name in self._moving}
+                self._settled = {name: getattr(self, name) for name in self._watched}
 
     def _follow(self, *traits: str) -> None:
         """Brings the panel up to date whenever one of `traits` moves, and now."""
-        self._moving = traits
+        self._watched = traits
         self.observe(self._update, names=list(traits))
         self._update()
 
     def _go_back(self, failed) -> None:
         # The controls agree with the picture again, so that the same move can be made once more. A later move stands.
         if self._state() == failed:
-            for name, value in self._settled.items():
-                self.set_trait(name, value)
+            with self.hold_trait_notifications():
+                for name, value in self._settled.items():
+                    self.set_trait(name, value)
 
     @contextmanager
     def _trouble_shown(self) -> Iterator[None]:

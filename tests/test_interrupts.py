@@ -1,0 +1,381 @@
+"""The stop button, at any moment: everything stays usable, and the next run gives what an undisturbed one gives."""
+
+import copy
+import os
+import sys
+import time
+from queue import Empty
+
+import pytest
+import torch
+from jupyter_client.manager import start_new_kernel
+from test_data import mirror  # noqa: F401  (fixture)
+from torch.utils.data import TensorDataset
+
+from lora_helpers import (
+    DigitPad,
+    LoRAExplorer,
+    RichBoyNet,
+    ScalingLab,
+    add_lora,
+    evaluate,
+    factorised,
+    freeze_base,
+    load_mnist,
+    lora_disabled,
+    lora_layers,
+    only_digit,
+    pretrained_base,
+    scaling,
+    side_by_side,
+    train,
+    train_side_by_side,
+)
+from lora_helpers.data import FILES, Mnist
+from lora_helpers.finetuning import FineTuner, Settings
+
+
+PLACES = int(os.environ.get("LORA_PLACES", 25))  # in the code, where the explorer is interrupted
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    """A tenth of the sample: enough for everything to run."""
+    sample = load_mnist("sample")
+    return Mnist(*(TensorDataset(*(t[::10].clone() for t in part.tensors)) for part in (sample.train, sample.test)), "sample")
+
+
+@pytest.fixture(scope="module")
+def trained(mnist):
+    torch.manual_seed(0)
+    net = RichBoyNet(30, 40)
+    train(net, mnist.train, epochs=3, seed=0, progress=False)
+    return net
+
+
+@pytest.fixture
+def base(trained):
+    return copy.deepcopy(trained)
+
+
+def stop_at(call, monkeypatch, target, number):
+    """Runs `call` with an interrupt at the `number`-th call of `target`; the patch is gone afterwards."""
+    calls = 0
+
+    def interrupted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    module, _, name = target.rpartition(".")
+    real = getattr(sys.modules[module], name)
+    with monkeypatch.context() as patch:
+        patch.setattr(target, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    assert calls == number
+
+
+def bits(net):
+    return {name: t.detach().clone() for name, t in net.state_dict().items()}
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+def is_whole(net):
+    return not any("forward" in vars(module) for module in net.modules())
+
+
+TRAINING = ["torch.nn.functional.cross_entropy", "torch.autograd.backward", "lora_helpers.training.adam"]
+
+
+@pytest.mark.parametrize("target", TRAINING)
+@pytest.mark.parametrize("number", [1, 2, 7])
+@pytest.mark.parametrize("mode", [True, False])
+def test_training(base, mnist, monkeypatch, target, number, mode):
+    def run(net):
+        return train(net, only_digit(mnist.train, 9), max_batches=10, seed=0, progress=False)
+
+    torch.manual_seed(0)
+    fresh = freeze_base(add_lora(base, rank=2)).train(mode)
+    whole, stopped = copy.deepcopy(fresh), copy.deepcopy(fresh)
+    losses = run(whole)
+    stop_at(lambda: run(stopped), monkeypatch, target, number)
+    assert stopped.training == mode and is_whole(stopped)
+    originals = [name for name in bits(fresh) if "original" in name or "bias" in name]
+    assert all(torch.equal(bits(stopped)[name], bits(fresh)[name]) for name in originals)
+    with lora_disabled(stopped), lora_disabled(whole):
+        assert torch.equal(evaluate(stopped, mnist.test).predictions, evaluate(whole, mnist.test).predictions)
+    run(stopped)  # it can be trained on
+    assert run(fresh) == losses and same(bits(fresh), bits(whole))
+
+
+@pytest.mark.parametrize("batch", [1, 5, 10])
+def test_training_by_its_own_callback(base, mnist, batch):
+    def stop(done):
+        if done == batch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(base, mnist.train, max_batches=10, after_batch=stop)
+    assert is_whole(base) and base.training
+
+
+@pytest.mark.parametrize("number", [1, 40, 90])
+def test_pre_training_caches_nothing_half_done(mnist, monkeypatch, tmp_path, number):
+    monkeypatch.setenv("LORA_CACHE", str(tmp_path / "elsewhere"))
+    whole = bits(pretrained_base(mnist, progress=False))
+    monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
+    stream = torch.get_rng_state()
+    stop_at(lambda: pretrained_base(mnist, progress=False), monkeypatch, "lora_helpers.training.adam", number)
+    assert torch.equal(torch.get_rng_state(), stream) and not (tmp_path / "cache").exists()
+    assert same(bits(pretrained_base(mnist, progress=False)), whole)
+
+
+@pytest.mark.parametrize("context", [factorised, lambda net: side_by_side([net, copy.deepcopy(net)]), lora_disabled])
+def test_a_block_puts_everything_back(base, context):
+    net = freeze_base(add_lora(base))
+    with pytest.raises(KeyboardInterrupt), context(net):
+        raise KeyboardInterrupt
+    assert is_whole(net) and all(adapter.enabled for found in lora_layers(net).values() for adapter in found)
+
+
+SETTINGS = [scaling.Setting(rank, rule=rule, optimizer=optimizer) for rank, rule, optimizer in ((1, "α/r", "Adam"), (4, "α", "SGD"), (4, "α/r", "Adam"))]
+EXPERIMENTS = {
+    "sweep": lambda base, mnist: scaling.sweep(base, mnist, SETTINGS, batches=5, at=(1, 3), progress=False),
+    "learning curves": lambda base, mnist: scaling.learning_curves(base, mnist, SETTINGS, batches=5),
+    "full fine-tuning": lambda base, mnist: [{k: t.sum().item() for k, t in scaling.full_fine_tuning(base, mnist, batches=5).items()}],
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("target, number", [("torch.nn.functional.cross_entropy", 1), ("torch.nn.functional.cross_entropy", 4), ("torch.autograd.backward", 3)])
+def test_sweeps(base, mnist, monkeypatch, name, target, number):
+    def run():
+        return EXPERIMENTS[name](base, mnist)
+
+    state, stream = bits(base), torch.get_rng_state()
+    whole = repr(run())
+    stop_at(run, monkeypatch, target, number)
+    assert same(bits(base), state) and is_whole(base) and torch.equal(torch.get_rng_state(), stream)
+    assert repr(run()) == whole
+
+
+def test_a_sweep_while_it_tests(base, mnist, monkeypatch):
+    whole = repr(EXPERIMENTS["sweep"](base, mnist))
+    stop_at(lambda: EXPERIMENTS["sweep"](base, mnist), monkeypatch, "lora_helpers.scaling.evaluate", 2)
+    assert repr(EXPERIMENTS["sweep"](base, mnist)) == whole
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_training_side_by_side(base, mnist, monkeypatch, number):
+    fresh = [freeze_base(add_lora(copy.deepcopy(base), rank=rank, generator=torch.Generator().manual_seed(0))) for rank in (1, 3)]
+    nets, twins = copy.deepcopy(fresh), copy.deepcopy(fresh)
+    train_side_by_side(twins, mnist.train, max_batches=5, seed=0)
+    stop_at(lambda: train_side_by_side(nets, mnist.train, max_batches=5, seed=0), monkeypatch, "torch.nn.functional.cross_entropy", number)
+    assert all(map(is_whole, nets))
+    train_side_by_side(fresh, mnist.train, max_batches=5, seed=0)
+    assert all(same(bits(net), bits(twin)) for net, twin in zip(fresh, twins))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_download(mirror, monkeypatch, tmp_path, number):  # noqa: F811
+    import socket
+
+    import torchvision.datasets.mnist  # noqa: F401  (patched below)
+
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("LORA_CACHE", str(cache))
+    target = "torchvision.datasets.mnist.download_and_extract_archive"
+    stop_at(lambda: load_mnist("full"), monkeypatch, target, number)
+    assert socket.getdefaulttimeout() is None and not cache.exists()
+    stop_at(lambda: load_mnist("full"), monkeypatch, "shutil.copyfile", number)
+    kept = {path.name for path in cache.rglob("*") if path.is_file()}
+    assert kept == set(list(FILES)[: number - 1]), "whole files or none"
+    assert len(load_mnist("full").test) == 10_000
+
+
+# Widgets
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained, mnist):
+    return LoRAExplorer(trained, mnist, rank=3)
+
+
+WHILE_REFRESHING = [
+    *((target, number) for target in TRAINING for number in (1, 30, 100)),
+    ("lora_helpers.finetuning.evaluate", 1),
+    ("lora_helpers.finetuning.singular_values", 2),
+    ("lora_helpers.finetuning.remove_lora", 1),
+    ("lora_helpers.finetuning.add_lora", 1),
+    ("lora_helpers.finetuning.lora_disabled", 1),
+    ("lora_helpers.finetuning._has_rank_at_most", 2),
+    ("lora_helpers.widgets.explorer.summarise", 1),
+    ("base64.b64encode", 1),
+]
+
+
+@pytest.mark.parametrize("target, number", WHILE_REFRESHING)
+def test_the_explorer(base, mnist, undisturbed, monkeypatch, target, number):
+    explorer = LoRAExplorer(base, mnist)
+    shown = explorer.summary
+    stop_at(lambda: setattr(explorer, "rank", 3), monkeypatch, target, number)
+    assert explorer.rank == explorer.rank_field.value == explorer.rank_slider.value == 1 and explorer.summary == shown
+    assert explorer.status == "Not updated: interrupted. Set the value again." and explorer.status in explorer._trouble.value
+    assert explorer._progress.layout.visibility == "hidden"
+    explorer.rank = 3  # the same cell once more
+    check_like(explorer, undisturbed)
+
+
+def check_like(explorer, other):
+    assert explorer.settings == explorer.result.settings == other.settings and not explorer.status
+    assert torch.equal(explorer.result.on.predictions, other.result.on.predictions)
+    assert explorer.result.norms == other.result.norms and all(explorer.proofs.values())
+    assert explorer._image.value.split("alt=")[0] == other._image.value.split("alt=")[0] and explorer.rank_slider.value == other.rank_slider.value
+
+
+def test_the_explorer_wherever_it_is_at_work(base, mnist, undisturbed):
+    """An interrupt at lines evenly spread over all that the package runs for one move."""
+
+    def move(explorer, stop=None):
+        lines = 0
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            if "lora_helpers" not in frame.f_code.co_filename:
+                return None
+            if event == "line":
+                lines += 1
+                if lines == stop:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            explorer.apply(Settings(rank=3, batches=5))
+        finally:
+            sys.settrace(before)
+        return lines
+
+    explorer = LoRAExplorer(base, mnist, batches=0)
+    for _ in range(2):  # the first move also draws what stays
+        explorer.tuner._memory.clear()
+        explorer.apply(Settings(batches=0))
+        total = move(explorer)
+    for part in range(PLACES):
+        explorer.tuner._memory.clear()
+        explorer.apply(Settings(batches=0))
+        with pytest.raises(KeyboardInterrupt):
+            move(explorer, stop=1 + part * total // PLACES)
+            pytest.fail(str(part))
+        assert explorer.settings == explorer.result.settings, part
+    explorer.tuner._memory.clear()
+    explorer.apply(Settings(rank=3))
+    check_like(explorer, undisturbed)
+
+
+def test_a_preset_and_the_panels_that_follow(base, mnist, monkeypatch):
+    explorer = LoRAExplorer(base, mnist)
+    pad = DigitPad(explorer, index=3)
+    stop_at(explorer.preset_buttons["no scaling: α = r"].click, monkeypatch, "torch.nn.functional.cross_entropy", 5)
+    assert explorer.settings == Settings() and pad.summary.startswith("LoRA on · rank 1 · α 1 ")
+    explorer.preset_buttons["no scaling: α = r"].click()
+    assert explorer.result.settings == Settings(rank=16, alpha=16) and pad.summary.startswith("LoRA on · rank 16 · α 16 ")
+    stop_at(lambda: setattr(pad, "index", 7), monkeypatch, "lora_helpers.finetuning.lora_disabled", 1)
+    assert pad.index == 3 and "interrupted" in pad.status
+    pad.index = 7
+    assert "test image 7" in pad.summary and not pad.status
+
+
+@pytest.mark.parametrize("number", [1, 150, 400])
+def test_the_scaling_lab(trained, mnist, monkeypatch, number):
+    monkeypatch.setattr("lora_helpers.widgets.scaling_lab.RANKS", (1, 2, 4, 8, 16))
+    lab = ScalingLab(trained, mnist)
+    stop_at(lambda: setattr(lab, "alpha", 2.0), monkeypatch, "torch.nn.functional.cross_entropy", number)
+    assert lab.alpha == lab.alpha_field.value == 1 and "α 1 " in lab.summary and "interrupted" in lab.status
+    lab.alpha = 2.0
+    assert {result.settings.alpha for result in lab.results.values()} == {2.0} and not lab.status
+
+
+def test_an_interrupt_of_the_explorers_own_making_leaves_no_explorer(base, mnist, monkeypatch):
+    state = bits(base)
+    stop_at(lambda: LoRAExplorer(base, mnist), monkeypatch, "torch.nn.functional.cross_entropy", 3)
+    assert same(bits(base), state) and is_whole(base)
+    assert LoRAExplorer(base, mnist).result.settings == Settings()
+
+
+def test_a_fine_tuner_remembers_only_whole_trainings(base, mnist, monkeypatch):
+    tuner = FineTuner(base, mnist)
+    stop_at(lambda: tuner.run(Settings(batches=20)), monkeypatch, "torch.nn.functional.cross_entropy", 60)
+    assert not tuner._memory
+    assert tuner.run(Settings(batches=20))[1] == "just trained"
+
+
+# A real kernel and a real signal
+
+SET_UP = """
+import copy, time, torch
+from lora_helpers import *
+mnist = load_mnist("sample")
+torch.manual_seed(0)
+base = RichBoyNet(30, 40)
+train(base, mnist.train, epochs=1, seed=0, progress=False)
+kept = copy.deepcopy(base.state_dict())
+explorer = LoRAExplorer(base, mnist)
+
+def whole_run():
+    net = freeze_base(add_lora(copy.deepcopy(base), generator=torch.Generator().manual_seed(0)))
+    return train(net, only_digit(mnist.train, 9), max_batches=50, seed=0, progress=False)
+
+expected = whole_run()
+net = freeze_base(add_lora(copy.deepcopy(base)))
+"""
+CELLS = [
+    "train(net, mnist.train, epochs=100_000)",
+    "train(net, mnist.train, epochs=100_000, progress=False)",
+    "while True: evaluate(net, mnist.test)",
+    "for seed in range(10_000): explorer.seed = seed",
+    "scaling.sweep(base, mnist, [scaling.Setting(seed=seed) for seed in range(10_000)])",
+]
+CHECK = """
+assert all(torch.equal(tensor, kept[name]) for name, tensor in base.state_dict().items())
+assert not any("forward" in vars(module) for module in net.modules())
+assert whole_run() == expected
+explorer.apply(Settings(rank=2))
+assert explorer.result.settings == explorer.settings == Settings(rank=2) and all(explorer.proofs.values()) and not explorer.status
+"""
+
+
+def test_a_real_signal_to_a_real_kernel():
+    manager, client = start_new_kernel()
+    try:
+        assert client.execute_interactive(SET_UP + "from lora_helpers import scaling\nfrom lora_helpers.finetuning import Settings", timeout=120,
+                                          output_hook=print)["content"]["status"] == "ok"  # fmt: skip
+        for number, cell in enumerate(CELLS):
+            client.execute(cell)
+            while client.get_iopub_msg(timeout=60)["content"].get("execution_state") != "busy":
+                pass
+            time.sleep(0.3 + 0.17 * number)
+            manager.interrupt_kernel()
+            content = client.get_shell_msg(timeout=60)["content"]
+            assert (content["status"], content.get("ename")) == ("error", "KeyboardInterrupt"), cell
+            drain(client)
+            content = client.execute_interactive(CHECK, timeout=60, output_hook=print)["content"]
+            assert content["status"] == "ok", (cell, content)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def drain(client):
+    try:
+        while True:
+            client.get_iopub_msg(timeout=0.3)
+    except Empty:
+        pass
