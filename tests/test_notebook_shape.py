@@ -165,6 +165,28 @@ def test_the_deck_builds(decks, path, notebook):
     assert title in deck and "Not attempted yet" not in deck
 
 
+@pytest.mark.parametrize("name", ["notebooks/TEACHING.md", "notebooks/GLOSSARY.md", "README.md"])
+def test_the_pages_around_link_to_what_is_there_and_are_in_order(name):
+    page = NOTEBOOKS[0].parents[1] / name
+    words = re.sub(r"(?m)^ {4}.*$", "", page.read_text())
+    for target in re.findall(r"\]\(([^)#:]+)\)", words):
+        assert (page.parent / target).is_file(), target
+    levels = [len(marks) for marks in re.findall(r"^(#+) \S", words, re.M)]
+    assert levels[0] == 1 and levels.count(1) == 1 and all(after <= before + 1 for before, after in zip(levels, levels[1:]))
+    assert all(len(alt) > 10 for alt in re.findall(r"!\[([^\]]*)\]\(", words))
+
+
+def test_teaching_names_headings_that_are_there_and_builds_the_deck_that_is_tested():
+    teaching = (NOTEBOOKS[0].parent / "TEACHING.md").read_text()
+    headings = set()
+    for path in NOTEBOOKS:
+        for title in re.findall(r"^#+ (.+)$", text(nbformat.read(path, as_version=4)), re.M):
+            headings.add(title if title.startswith(f"{path.name[0]} · ") else f"{path.name[0]} · {title}")
+    named = re.findall(r"\*\*(\d · [^*]+)\*\*", teaching)
+    assert len(named) > 20 and set(named) <= headings, set(named) - headings
+    assert all(flag in teaching for flag in DECK)
+
+
 def test_the_glossary_has_each_term_once():
     glossary = (NOTEBOOKS[0].parent / "GLOSSARY.md").read_text()
     terms = [row.split("|")[1].strip() for row in glossary.splitlines() if re.match(r"\| (?!Symbol|Term)[^-]", row)]
