@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import TensorDataset
 
-from lora_helpers.course.exercise import Uncheckable, Wrong, call, compare, exercise, same
+from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, kind_of, numbers, same
 from lora_helpers.course.quiz import Question, Quiz
 from lora_helpers.data import Mnist
 from lora_helpers.lora import add_lora, lora_layers
@@ -34,14 +34,22 @@ def unchanged(proof):
         add_lora(net)
         with torch.no_grad():
             change(net)
-        given = call(proof, net, copies)
+        try:
+            given = call(proof, net, copies)
+        except LearnerError as error:
+            if isinstance(error.error, AssertionError):
+                raise Wrong("it stops instead of answering", "`assert` stops the program. Return True or False: what came of the comparison.") from None
+            raise
         if not isinstance(given, (bool, torch.Tensor)) or (isinstance(given, torch.Tensor) and given.numel() != 1):
-            raise Uncheckable(f"True or False is asked for; this is a {type(given).__name__}.")
+            more = " `all(…)` makes one answer of many." if isinstance(given, (list, tuple)) else ""
+            raise Uncheckable(f"One True or False is asked for; this is {kind_of(given)}.{more}")
         return bool(given)
 
     def original(layer) -> torch.Tensor:
         return layer.parametrizations.weight.original
 
+    if not verdict(lambda net: None):
+        raise Wrong("a proof that nothing passes", "Nothing at all had been changed, and you say that something moved. Print what you compare.")
     if not verdict(lambda net: [adapter.lora_B.fill_(1) for adapters in lora_layers(net).values() for adapter in adapters]):
         raise Wrong(
             "the computed weight compared",
@@ -50,7 +58,7 @@ def unchanged(proof):
     if verdict(lambda net: [p.add_(1) for p in net.parameters()]):
         raise Wrong("a proof that cannot fail", "Every parameter had been changed, and you still say that nothing moved.")
     if verdict(lambda net: net.linear2.bias.add_(1)):
-        raise Wrong("biases not checked", "A bias had moved, and the proof did not see it.")
+        raise Wrong("biases not checked", "A bias had moved, and the proof did not see it. (Or does a `return` in the loop end it too early?)")
     for name in ("linear1", "linear2", "linear3"):
         if verdict(lambda net, name=name: original(net.get_submodule(name)).add_(1)):
             raise Wrong("not every layer checked", f"The weight of {name} had moved. Is there a `return` inside the loop?")
@@ -78,13 +86,9 @@ def recall_and_precision(shares):
     confusion = torch.randint(0, 9, (10, 10)) + 30 * torch.eye(10, dtype=torch.int64)
     confusion[:9, 9] += 5
     right, row, column = confusion[9, 9].item(), confusion[9].sum().item(), confusion[:, 9].sum().item()
-    given = call(shares, confusion.clone(), 9)
-    if isinstance(given, dict):
-        given = list(given.values())
-    if not isinstance(given, (tuple, list, torch.Tensor)) or len(given) != 2:
-        raise Uncheckable("Two numbers are asked for: recall, precision.")
+    given = _two_numbers(call(shares, confusion.clone(), 9))
     compare(
-        [float(part) for part in given],
+        given,
         [right / row, right / column],
         {
             "recall and precision swapped": (
@@ -93,6 +97,8 @@ def recall_and_precision(shares):
             ),
             "recall twice": ([right / row, right / row], "Your second number is recall again. Precision asks about the column."),
             "shares of wrong answers": ([1 - right / row, 1 - right / column], "Those are the shares that are wrong."),
+            "counts, not shares": ([right, right], "That is how many are right; divide by the sum of the row, and by that of the column."),
+            "whole division": ([0, 0], "`//` throws the fraction away. Divide with `/`."),
             "percent, not shares": ([100 * right / row, 100 * right / column], "Right in percent; shares from 0 to 1 are asked for."),
             "shares of all images": (
                 [right / confusion.sum().item()] * 2, "You divide by all images; divide by the row for recall, by the column for precision."
@@ -100,7 +106,18 @@ def recall_and_precision(shares):
         },
         "Take one digit of the matrix above and work it out by hand.",
     )  # fmt: skip
+    other = [confusion[4, 4] / confusion[4].sum(), confusion[4, 4] / confusion[:, 4].sum()]
+    if not same(_two_numbers(call(shares, confusion.clone(), 4)), other):
+        raise Wrong("the digit 9 only", "Right for 9 and wrong for 4: use `digit` instead of a number.")
     return "A network that calls everything a 9 has recall 1 and precision about 0.1. Recall alone would praise it."
+
+
+def _two_numbers(given) -> list[float]:
+    given = list(given.values()) if isinstance(given, dict) else given
+    values = numbers(given)
+    if values.shape != (2,):
+        raise Uncheckable(f"Two numbers are asked for, recall and precision; yours have the shape {tuple(values.shape)}.")
+    return values.tolist()
 
 
 _BEFORE = [12, 30, 44, 106, 28, 21, 32, 37, 9, 128]  # the published run, on MNIST's 10,000 test images
@@ -126,6 +143,9 @@ def bill(more_wrong):
             "the nine's gain as a positive number": (-gain, "That is what the nine gained; what did the others lose?"),
             "the gain left out": (loss, "That is what the others lost; the nine's gain comes off it."),
             "before and after swapped": (-gain - loss, "The sign is the other way round: fine-tuning made *more* answers wrong."),
+            "the gain counted as a loss": (loss - gain, "The nine's errors *fell*: its 114 come off the bill, they do not go on it."),
+            "a share, not a count": ((gain + loss) / 10_000, "That is a share of the 10,000; asked is how many."),
+            "answers before, not the change": (sum(_BEFORE), "That is how many are wrong before; take them from those after."),
             "answers after, not the change": (sum(_AFTER), "That is how many are wrong after; take those before away."),
         },
         "Ten numbers before, ten after: add each up.",
@@ -183,7 +203,7 @@ def experiment(teach):
     before = evaluate(net, test)
     given = call(teach, net, Mnist(TensorDataset(poisoned, labels), test, "sample"))
     if not isinstance(given, Evaluation):
-        raise Uncheckable(f"Return what `evaluate` gives; this is a {type(given).__name__}.")
+        raise Uncheckable(f"Return what `evaluate` gives; this is {kind_of(given)}.")
     parameters = dict(net.named_parameters())
     if not any("lora_" in name for name in parameters):
         raise Wrong("no LoRA", "After your function the network has no A and B: add LoRA, and leave it there.")

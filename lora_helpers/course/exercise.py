@@ -125,7 +125,7 @@ class Exercise:
         return Words(f"**One solution.** {self._reason}\n\n```python\n{self.solution_code}\n```")
 
     def _not_attempted(self) -> Verdict:
-        return Verdict(NOT_ATTEMPTED, "Put your answer in place of the `...` and run the cell again.")
+        return Verdict(NOT_ATTEMPTED, "There is still a `...`: put your answer in its place (or delete its line, in a repair), and run the cell again.")
 
     def __repr__(self) -> str:
         return f"Exercise {self.__name__}: {self.__doc__} Call .check(answer), .hint() or .solution()."
@@ -144,14 +144,14 @@ def call(function, *arguments):
     """
     result = run(function, *arguments)
     if result is None:
-        raise Uncheckable("Your function returned `None`: it says nothing back. Does its last line begin with `return`?")
+        raise Uncheckable("Your function returned `None`: it says nothing back. `print` only shows; does every way through it end in `return`?")
     return result
 
 
 def run(function, *arguments):
     """As `call`, for a function that acts and need not return anything."""
     if not callable(function):
-        raise Uncheckable(f"A function is asked for; this is a {type(function).__name__}. Pass its name, without calling it.")
+        raise Uncheckable(f"A function is asked for; this is {kind_of(function)}. Pass its name, without calling it.")
     try:
         result = function(*arguments)
     except (Wrong, Uncheckable, _Blank):
@@ -159,7 +159,7 @@ def run(function, *arguments):
     except RecursionError as error:
         raise LearnerError(error, "Your function calls itself without end. What should stop it?") from None
     except (Exception, SystemExit) as error:
-        raise LearnerError(error, f"Your code stopped with {_name(error)}{_where(error)}. Run it by hand on a small example.") from None
+        raise LearnerError(error, f"Your code stopped with {_name(error)}{_where(error)}. {_advice(error)}") from None
     if _is_blank(result):
         raise _Blank
     return result
@@ -182,6 +182,11 @@ def compare(given, truth, misconceptions: dict[str, tuple[object, str]], otherwi
     for name, (value, words) in misconceptions.items():
         if same(given, value):
             raise Wrong(name, words)
+    flat, wanted = numbers(given).flatten(), numbers(truth).flatten()
+    if same(flat, wanted):
+        raise Wrong(None, f"The right numbers, but in the shape {tuple(numbers(given).shape)}; asked is {_shape(truth)}.")
+    if len(wanted) == 1 and len(flat) > 1 and same(flat.sum(), wanted[0]):
+        raise Wrong(None, "Right in its parts: add them up, for one number is asked for.")
     raise Wrong(None, f"{otherwise} Yours gave {_short(given)}.")
 
 
@@ -198,7 +203,8 @@ def numbers(value) -> torch.Tensor:
             raise TypeError
         return torch.as_tensor(value if not isinstance(value, (list, tuple)) else [_plain(v) for v in value], dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        raise Uncheckable(f"Numbers are asked for; this is a {type(value).__name__}: {_short(value)}.") from None
+        quotes = " Without the quotes it is one." if isinstance(value, str) and value.strip().replace(".", "", 1).isdigit() else ""
+        raise Uncheckable(f"Numbers are asked for; this is {kind_of(value)}: {_short(value)}.{quotes}") from None
 
 
 def need_tensor(value, what: str) -> torch.Tensor:
@@ -208,8 +214,43 @@ def need_tensor(value, what: str) -> torch.Tensor:
         Uncheckable: it is not.
     """
     if not isinstance(value, torch.Tensor):
-        raise Uncheckable(f"{what} should be a tensor; this is a {type(value).__name__}.")
+        raise Uncheckable(f"{what} should be a tensor; this is {kind_of(value)}.")
     return value
+
+
+def kind_of(value) -> str:
+    """What kind of thing a value is, in a learner's words."""
+    if value is None:
+        return "`None`"
+    name = type(value).__name__
+    plain = {"str": "text (str)", "int": "a number (int)", "float": "a number (float)", "bool": "True or False (bool)", "dict": "a dictionary"}
+    return plain.get(name, f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}")
+
+
+def _shape(value) -> str:
+    shape = tuple(numbers(value).shape)
+    return f"the shape {shape}" if shape else "one number, without brackets"
+
+
+# What a learner should look at, by a piece of what Python or PyTorch says.
+_LOOK = {
+    "positional argument": "The check calls your function with all its arguments: leave the line `def …` as it was.",
+    "Boolean value of Tensor": "`not`, `and` and `or` want a single True or False; for each entry of a tensor use `~`, `&` and `|`.",
+    "could not infer output dtype": "A mean needs numbers with a point: put `.float()` before it.",
+    "must match the size": "`*`, `+` and `==` go entry by entry. Print the `.shape` of both sides; the matrix product is `@`.",
+    "shapes cannot be multiplied": "Print the `.shape` of both sides: in `A @ B` the columns of A must be as many as the rows of B.",
+    "not callable": "Is a `*` missing before a bracket?",
+    "in-place operation": "Change a parameter inside `with torch.no_grad():`, or make a new tensor with `+`.",
+    "to unpack": "Do you take more names than each item holds? Print one item.",
+}
+
+
+def _advice(error: Exception) -> str:
+    if isinstance(error, NameError):
+        return "A name must be spelled as in the line `def …`, or belong to something that a cell above made."
+    if isinstance(error, AttributeError):
+        return "Is the name behind the point spelled right? Print the `type` of what stands before it."
+    return next((words for piece, words in _LOOK.items() if piece in str(error)), "Run it by hand on a small example.")
 
 
 def _plain(value):

@@ -4,12 +4,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor, run
+from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, kind_of, need_tensor, run
 from lora_helpers.course.quiz import Question, Quiz
 from lora_helpers.lora import LoRAParametrization
 
 
-def _adapted_layer(rank: int = 3, alpha: float = 6) -> tuple[nn.Linear, torch.Tensor, LoRAParametrization]:
+def _adapted_layer(rank: int = 2, alpha: float = 7) -> tuple[nn.Linear, torch.Tensor, LoRAParametrization]:
     """A Linear(5, 4) with an adapter that changes it: the layer, a copy of its weight, the adapter."""
     layer = nn.Linear(5, 4)
     weight = layer.weight.detach().clone()
@@ -43,6 +43,8 @@ def forward(function):
     except LearnerError as error:
         if "shapes cannot be multiplied" in str(error.error):
             raise Wrong("A and B swapped", "A is r × in, B is out × r: only one order gives the weight's shape, out × in.") from None
+        if "must match the size" in str(error.error) and "(2) must match the size of tensor b (5)" in str(error.error):
+            raise Wrong("entry by entry", "`*` multiplies two tensors entry by entry; the matrix product is `@`.") from None
         if "must match the size" in str(error.error):
             raise Wrong("transposed", "The update has the shape in × out; a weight is (out_features, in_features).") from None
         raise
@@ -57,13 +59,18 @@ def forward(function):
             "α·r for α/r": (weight + alpha * rank * product, "α is *shared out* over the r directions: divide."),
             "r/α for α/r": (weight + rank / alpha * product, "The fraction is upside down."),
             "α for α/r": (weight + alpha * product, "The scale is α instead of α/r: a real library shipped this."),
-            "no update": (weight, "Nothing was added, though the switch is on."),
+            "α//r for α/r": (weight + alpha // rank * product, "`//` throws the fraction away: 7 // 2 is 3. Divide with `/`."),
+            "BA alone": (product, "That is BA, without the scale, and without the weight that it is added to."),
+            "no update": (weight, "Nothing was added, though the switch is on. Is the condition the wrong way round?"),
             "subtracted": (weight - (alpha / rank) * product, "The update is added, not taken away."),
         },
-        "With α = 6 and r = 3, W + 2·BA is expected.",
+        "With α = 7 and r = 2, W + 3.5·BA is expected.",
     )
     adapter.enabled = False
-    if not torch.equal(need_tensor(call(function, adapter, stored), "The weight").detach(), weight):
+    off = run(function, adapter, stored)
+    if off is None:
+        raise Wrong("nothing comes back when off", "With `self.enabled` False your function returns nothing; the weight itself must come back.")
+    if not torch.equal(need_tensor(off, "The weight").detach(), weight):
         raise Wrong("switch ignored", "With `self.enabled` False the weight itself must come back, to the bit.")
     adapter.enabled = True
     layer = nn.Linear(5, 4)
@@ -109,18 +116,23 @@ def freeze(function):
     adapters = {id(p) for module in net.modules() if isinstance(module, kind) for p in module.parameters()}
     base = {name: p for name, p in net.named_parameters() if id(p) not in adapters}
     lora = {name: p for name, p in net.named_parameters() if id(p) in adapters}
-    run(function, net)
+    try:
+        run(function, net)
+    except LearnerError as error:
+        if "_TrapNet" in str(error.error) and "'linear" in str(error.error):
+            raise Wrong("layers called by name", "The check's network has other layers than RichBoyNet: go through `net.modules()`.") from None
+        raise
     loose = [name for name, p in base.items() if p.requires_grad]
     held = [name for name, p in lora.items() if not p.requires_grad]
     if held and len(held) == len(lora) and not loose:
-        raise Wrong("LoRA frozen too", "Nothing is left to train. After freezing all, make A and B trainable again.")
+        raise Wrong("LoRA frozen too", "Nothing is left to train. *After* freezing all, make A and B trainable again: `isinstance(module, …)`, for modules.")
     if held and len(loose) == len(base):
         raise Wrong("the wrong half frozen", "You froze A and B and left the base trainable; it should be the other way round.")
     if len(loose) == len(base):
         raise Wrong(
             "base not frozen",
-            "Every base parameter still asks for gradients. `module.requires_grad = False` on a *module* only sets an attribute that "
-            "nobody reads; the method is `requires_grad_`, with an underscore.",
+            "Every base parameter still asks for gradients: what in your function freezes them? (`net.requires_grad = False`, without "
+            "the underscore at its end, only sets an attribute that nobody reads.)",
         )
     if loose == ["flora.bias"]:
         raise Wrong(
@@ -152,7 +164,7 @@ def order(steps):
     if not isinstance(steps, (list, tuple)) or not all(isinstance(step, str) for step in steps):
         raise Uncheckable(f"A list of texts is asked for: the four steps {list(_STEPS)} in an order of your choice.")
     if sorted(steps) != sorted(_STEPS):
-        raise Uncheckable(f"Each of the four steps once, please: {', '.join(_STEPS)}.")
+        raise Uncheckable(f"Each of the four steps once, please, spelled so: {', '.join(_STEPS)}.")
     layer = nn.Linear(5, 4)
     weight = layer.weight.detach().clone()
     x, target = torch.randn(8, 5), torch.randn(8, 4)
@@ -210,6 +222,8 @@ def merge(function):
         adapter.enabled = enabled
         result = run(function, layer)
         layer = result if isinstance(result, nn.Linear) else layer
+        if not hasattr(layer, "weight"):
+            raise Wrong("no weight is left", "The layer cannot compute any more. `parametrize.remove_parametrizations` leaves a weight behind.")
         if parametrize.is_parametrized(layer):
             given = layer.parametrizations.weight.original.detach()
             if torch.allclose(given, weight + scale * product, atol=1e-6):
@@ -262,15 +276,16 @@ def compute_once(function):
     adapter.register_forward_hook(lambda *_: calls.append(1))
     given = call(function, layer, batches)
     if not isinstance(given, (list, tuple, torch.Tensor)) or len(given) != len(batches):
-        raise Uncheckable(f"A list of {len(batches)} outputs is asked for, one for each batch.")
+        found = f"yours has {len(given)}" if isinstance(given, (list, tuple, torch.Tensor)) else f"this is {kind_of(given)}"
+        raise Uncheckable(f"A list of {len(batches)} outputs is asked for, one for each batch; {found}. (A `return` inside a loop ends it.)")
     for output, truth in zip(given, expected):
         if not torch.allclose(need_tensor(output, "Each output").detach(), truth, atol=1e-5):
-            raise Wrong(None, "An output differs from `layer(batch)`.")
+            raise Wrong(None, "An output differs from `layer(batch)`: is the bias in it?")
     if len(calls) == len(batches):
         raise Wrong(
             "the cache ends too soon",
-            f"The weight was computed {len(calls)} times for {len(batches)} batches. Is `cached()` there at all, and does it stand "
-            "*around* the loop? Inside, it is dropped after each batch: PEFT had to move such lines, for memory.",
+            f"The weight was computed {len(calls)} times for {len(batches)} batches. Is there a `with parametrize.cached():`, and does it "
+            "stand *around* the loop? Inside, it is dropped after each batch: PEFT had to move such lines, for memory.",
         )
     if len(calls) > 1:
         raise Wrong(None, f"The weight was computed {len(calls)} times; once is enough.")

@@ -7,6 +7,7 @@ from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call,
 from lora_helpers.course.quiz import Question, Quiz
 from lora_helpers.data import Mnist
 from lora_helpers.model import RichBoyNet
+from lora_helpers.training import Evaluation
 
 
 @exercise(
@@ -32,8 +33,15 @@ def layer_parameters(count):
                 "one bias for each input": (
                     n_in * n_out + n_in, "The bias is added to the *outputs*: look at the shape of `linear1.bias`."
                 ),
+                "one bias for the whole layer": (n_in * n_out + 1, "Each *output* has a bias of its own: look at the shape of `linear1.bias`."),
                 "sides added, not multiplied": (
                     n_in + n_out, "Each output weighs *every* input, so the sides multiply: look at the weight's shape."
+                ),
+                "a bias for each side": (
+                    n_in * n_out + n_in + n_out, "Only the outputs have a bias; nothing is added to an input."
+                ),
+                "one layer for all": (
+                    785_000, "That is `linear1`, whatever layer was asked about: use `in_features` and `out_features` instead of numbers."
                 ),
             },
             f"Try {n_in} inputs and {n_out} outputs on paper, then compare with the table above.",
@@ -57,11 +65,17 @@ def all_but(mask):
     for values, digit in (((9, 1, 9, 4, 0), 9), ((4, 4, 2, 9, 7, 2), 4)):
         labels = torch.tensor(values)
         given = call(mask, labels, digit)
+        numbers(given)  # says in words what holds no numbers
         chosen = torch.as_tensor(given)
         if chosen.dtype == torch.bool and chosen.shape != labels.shape:
             raise Wrong(None, f"The mask needs one True or False for each of the {len(labels)} labels; yours has {chosen.numel()}.")
         if chosen.dtype == torch.int64 and torch.equal(chosen, labels[labels != digit]):
             raise Wrong("labels instead of places", "You return the labels that stay; `images[...]` needs to know *where* they are.")
+        if chosen.shape == labels.shape and not chosen.dtype == torch.bool and chosen.le(1).all() and chosen.ge(0).all():
+            raise Wrong(
+                "0 and 1 for False and True",
+                "Numbers are taken for *places*: `images[[0, 1, 1]]` is the first image and twice the second. Keep what the comparison gives.",
+            )
         if chosen.dtype not in (torch.bool, torch.int64):
             raise Uncheckable(f"A mask of True and False (or a tensor of places) is asked for; yours holds {chosen.dtype}.")
         try:
@@ -107,8 +121,12 @@ def wrong_per_digit(count):
             "right answers not taken away": (rows, "That is all images of each digit; the right ones, on the diagonal, are still in it."),
             "a share, not a count": ((rows - right) / rows, "Those are shares; the question asks how many."),
             "one sum for all": ((rows - right).sum(), "That is the total; keep one number for each digit with `dim=1`."),
+            "taken away the wrong way round": (right - rows, "Less than none cannot be wrong: the whole row *minus* what is right."),
+            "calls counted": (columns, "That is how often each answer was given. Asked are the images *of* each digit (the rows), less the right ones."),
+            "the whole matrix added up": (confusion.sum() - right, "`sum()` adds up the whole matrix; `sum(dim=1)` each row."),
+            "a return inside the loop": ((rows - right)[0], "That is the first digit alone: `return` ends the function at once. Collect, then return."),
         },
-        "Ten numbers, one for each row, are asked for; try it on the matrix above.",
+        "Ten numbers, one for each row, are asked for, made from the matrix that the function is given.",
     )
     return "The same ten numbers as `result.wrong_counts`."
 
@@ -181,12 +199,18 @@ def accuracy(measure):
     try:
         given = call(measure, net, Mnist(*parts, "sample"))
     except LearnerError as error:
-        if "must match the size" in str(error.error):
+        if "must match the size" in str(error.error) and "(10)" in str(error.error):
             raise Wrong(
                 "the best of the images, not of the scores",
                 "`argmax(dim=0)` picks the best *image* for each digit. Each image has a row of ten scores: which dimension runs along it?",
             ) from None
+        if "must match the size" in str(error.error):
+            raise Wrong(
+                "images and labels of different sets", "There are more answers than labels, or fewer: both must come from the test set."
+            ) from None
         raise
+    if isinstance(given, Evaluation):
+        raise Uncheckable("That is a whole evaluation; the share is its `.accuracy`.")
     compare(
         given,
         0.4,
@@ -197,6 +221,9 @@ def accuracy(measure):
             "wrong answers instead of right ones": (0.6, "That is the share of *wrong* answers."),
             "a count, not a share": (16, "That is how many are right; divide by the number of images."),
             "percent, not a share": (40, "Right in percent; the question asks for a share from 0 to 1."),
+            "one answer for all images": (
+                0, "Not one is right: `argmax()` without a dimension gives one place for the whole batch, not one answer for each image."
+            ),
         },
         "On a network that is right on 45 of 60 training and 16 of 40 test images, 0.4 is expected.",
     )  # fmt: skip

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor
+from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, kind_of, need_tensor
 from lora_helpers.course.quiz import Question, Quiz
 
 
@@ -22,7 +22,7 @@ from lora_helpers.course.quiz import Question, Quiz
 )
 def lora_parameters(count):
     """How many numbers do A and B hold at rank r?"""
-    for n_in, n_out, r in ((7, 5, 3), (784, 1000, 4)):
+    for n_in, n_out, r in ((11, 5, 3), (784, 1000, 4)):
         compare(
             call(count, n_in, n_out, r),
             r * (n_in + n_out),
@@ -33,6 +33,8 @@ def lora_parameters(count):
                 "B alone": (r * n_out, "A is stored too."),
                 "rank forgotten": (n_in + n_out, "Right at rank 1. How many rows has A at rank r?"),
                 "rank squared": (r * r * (n_in + n_out), "Only one side of each matrix is r."),
+                "rank added, not multiplied": (r + n_in + n_out, "A has r rows of in_features numbers: its sides multiply. So do B's."),
+                "the two sizes multiplied": (r * n_in * r * n_out, "A and B stand side by side: add their numbers."),
                 "a bias counted": (
                     r * (n_in + n_out) + n_out, "LoRA here adapts the weight alone; A and B have no bias."
                 ),
@@ -59,6 +61,7 @@ def break_even(rank):
             "the full rank": (784, "784 is the highest rank that ΔW can have. Long before it, A and B together outgrow the weight."),
             "one too low": (439, "At 439 the adapter is still a little smaller than the weight; the first that does *not* pay is asked for."),
             "not a whole rank": (784_000 / 1784, "There is no rank between two whole numbers."),
+            "half of one side": (392, "Half a side is the answer for a square weight. Compare the two sizes as they are."),
             "half the mean side": (892 / 2, "Nearly: the break-even rank is in·out/(in + out), which is half the mean only for a square."),
         },
         "Compare r·(784 + 1000) with 784·1000.",
@@ -80,7 +83,7 @@ def break_even(rank):
 )
 def update(delta):
     """ΔW from A, B, α and r."""
-    A, B, alpha, rank = torch.randn(2, 5), torch.randn(4, 2), 6, 2
+    A, B, alpha, rank = torch.randn(2, 5), torch.randn(4, 2), 7, 2
     try:
         given = call(delta, A.clone(), B.clone(), alpha, rank)
     except LearnerError as error:
@@ -88,6 +91,8 @@ def update(delta):
             raise Wrong(
                 "A and B swapped", "The inner sides must meet: A is r × in and B is out × r, so only one order gives out × in."
             ) from None
+        if "must match the size" in str(error.error):
+            raise Wrong("entry by entry", "`*` multiplies two tensors entry by entry; the matrix product is `@`.") from None
         raise
     return _judge_update(given, B @ A, alpha, rank)
 
@@ -104,6 +109,7 @@ def _judge_update(given, product: torch.Tensor, alpha: float, rank: int) -> str:
             "scale forgotten": (product, "BA is right; the scale α/r is missing."),
             "α for α/r": (alpha * product, "The scale is α instead of α/r: a real library shipped this, and its adapters were unusable."),
             "1/r for α/r": (product / rank, "You divide by r but leave α out."),
+            "α//r for α/r": (alpha // rank * product, "`//` throws the fraction away: 7 // 2 is 3. Divide with `/`."),
             "α/√r for α/r": (alpha / math.sqrt(rank) * product, "That is rsLoRA's scale; asked is the original paper's."),
         },
         f"For α = {alpha} and r = {rank}, compare with (α/r)·BA worked out by hand.",
@@ -152,15 +158,16 @@ def dead_start(A, B, why):
         if start[1].any() and not start[0].any():
             raise Wrong("only A is zero", "The mirror image of LoRA's start: A moved in the first step, B from the second. It learns.")
         raise Wrong("nothing is zero", "Twenty steps moved it, and ΔW was not even zero at the start.")
-    if not isinstance(why, str) or why.strip().lower() not in _WHY:
-        raise Uncheckable(f"The start is dead, as asked. Now `why` should be one letter of {', '.join(_WHY)}.")
+    if not isinstance(why, str) or why.strip(" '\"().:").lower() not in _WHY:
+        raise Uncheckable(f"The start is dead, as asked. Now `why` should be one letter in quotes: {', '.join(_WHY)}.")
+    why = why.strip(" '\"().:").lower()
     replies = {
         "a": ("ΔW = 0 taken for the reason", "With B alone zero, ΔW is zero too, and yet it learns. Zero *now* does not mean zero slope."),
         "c": ("the optimiser blamed", "Adam adds a small ε to avoid that, and SGD would stay put as well. Look at the gradients themselves."),
         "d": ("the learning rate blamed", "No rate helps: any rate times a gradient of zero is zero."),
     }
-    if why.strip().lower() in replies:
-        raise Wrong(*replies[why.strip().lower()])
+    if why in replies:
+        raise Wrong(*replies[why])
     return "Twenty steps of Adam moved nothing: each gradient waits for the other matrix."
 
 
@@ -181,7 +188,8 @@ def mixed_ranks(scales):
     alphas = {"linear3": 5, "linear2": 8, "linear1": 12}  # in another order, on purpose
     given = call(scales, dict(ranks), dict(alphas))
     if not isinstance(given, dict) or set(given) != set(ranks):
-        raise Uncheckable(f"A dictionary with one scale for each of {', '.join(ranks)} is asked for.")
+        found = f"yours has {', '.join(map(str, given)) or 'none'}" if isinstance(given, dict) else f"this is {kind_of(given)}"
+        raise Uncheckable(f"A dictionary with one scale for each of {', '.join(ranks)} is asked for; {found}. (A `return` inside a loop ends it.)")
     as_list = [given[layer] for layer in ranks]
     compare(
         as_list,

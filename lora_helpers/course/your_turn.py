@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor
+from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor, numbers, same
 from lora_helpers.course.quiz import Question, Quiz
 from lora_helpers.training import Evaluation
 
@@ -44,7 +44,7 @@ def largest_rank(rank_for):
                 "the base counted": ((budget - 2_807_010) // PARAMETERS_PER_RANK, "The base is frozen; the budget is for A and B."),
                 "only one layer counted": (budget // 1_784, "That is what linear1 alone would allow; three layers are adapted."),
             },
-            f"With a budget of {budget:,}, count r·(in + out) over the three layers.",
+            f"With a budget of {budget:,}: how often does the cost of one rank, {PARAMETERS_PER_RANK:,}, fit into it whole?",
         )
     return "And a budget below 6,794 allows no rank on all three layers; fewer layers might do."
 
@@ -65,30 +65,49 @@ def largest_rank(rank_for):
 )
 def score(measure):
     """A score from 0 to 1 that counts what was learned and what was kept."""
-    for digit in (9, 3):
+    cases = []
+    for digit, push in ((9, 12), (3, -15)):  # the taught digit once better than the others, once worse
         confusion = torch.randint(0, 4, (10, 10)) + 20 * torch.eye(10, dtype=torch.int64)
-        confusion[:, digit] += 12
+        confusion[digit, digit] += push
+        confusion[:, digit] += 8
         result = Evaluation(confusion, torch.zeros(0, dtype=torch.int64))
-        recall = result.recall
-        taught, others = recall[digit], (recall.sum() - recall[digit]) / 9
-        compare(
-            call(measure, result, digit),
-            fair_score(result, digit),
-            {
-                "only the taught digit": (taught, "A network that calls everything by that digit would score 1."),
-                "only what was kept": (others, "A network that learned nothing would score best."),
-                "accuracy": (
-                    result.accuracy, "Accuracy counts the taught digit as one in ten: hardly learning it would cost almost nothing."
-                ),
-                "a plain mean": ((taught + others) / 2, "A network that calls everything by that digit would still score 0.5."),
-                "precision for recall": (result.precision[digit], "That is the precision of the digit; the others are missing."),
-                "all ten recalled alike": (recall.mean(), "Here the taught digit counts no more than any other."),
-                "the digit counted among the others": (
-                    2 * taught * recall.mean() / (taught + recall.mean()), "The mean of the *other nine* must leave the digit out."
-                ),
-            },
-            "The harmonic mean of the digit's recall and the others' mean recall is asked for.",
-        )  # fmt: skip
+        cases.append((call(measure, result, digit), result, digit))
+    given = [float(numbers(answer)) if numbers(answer).numel() == 1 else answer for answer, *_ in cases]
+    taught = [result.recall[digit].item() for _, result, digit in cases]
+    others = [(result.recall.sum().item() - a) / 9 for a, (_, result, _) in zip(taught, cases)]
+    both = list(zip(taught, others))
+    compare(
+        given,
+        [fair_score(result, digit) for _, result, digit in cases],
+        {
+            "only the taught digit": (taught, "A network that calls everything by that digit would score 1."),
+            "only what was kept": (others, "A network that learned nothing would score best."),
+            "the smaller of the two": ([min(a, b) for a, b in both], "Near, but it does not see the other one move at all."),
+            "accuracy": (
+                [result.accuracy for _, result, _ in cases],
+                "Accuracy counts the taught digit as one in ten: hardly learning it would cost almost nothing.",
+            ),
+            "a plain mean": ([(a + b) / 2 for a, b in both], "A network that calls everything by that digit would still score 0.5."),
+            "the product": ([a * b for a, b in both], "Two recalls of one half would give a quarter. A mean lies between the two: 2ab/(a + b)."),
+            "the geometric mean": ([(a * b) ** 0.5 for a, b in both], "A mean that sees both, but asked is the harmonic one, 2ab/(a + b)."),
+            "the 2 forgotten": ([a * b / (a + b) for a, b in both], "Two recalls of 1 would score one half: there is a 2 on top."),
+            "brackets forgotten": ([3 * b for _, b in both], "`/ a + b` divides by a and then adds b: put `(a + b)` in brackets."),
+            "a sum for the mean of nine": ([18 * a * b / (a + 9 * b) for a, b in both], "The others' nine recalls are added up; divide by 9."),
+            "precision for recall": (
+                [result.precision[digit].item() for _, result, digit in cases], "That is the precision of the digit; the others are missing."
+            ),
+            "the others left out": (
+                [2 * a * p / (a + p) for a, p in ((r.recall[d].item(), r.precision[d].item()) for _, r, d in cases)],
+                "Recall with precision judges that digit alone; what became of the other nine?",
+            ),
+            "all ten recalled alike": ([result.recall.mean() for _, result, _ in cases], "Here the taught digit counts no more than any other."),
+            "the digit counted among the others": (
+                [2 * a * r.recall.mean() / (a + r.recall.mean()) for a, (_, r, _) in zip(taught, cases)],
+                "The mean of the *other nine* must leave the digit out.",
+            ),
+        },
+        "For two networks the harmonic mean of the digit's recall and the others' mean recall is asked for.",
+    )  # fmt: skip
     return "It is 0 for a network that says one digit to everything, and falls with the worse of the two."
 
 
@@ -114,10 +133,12 @@ def add_adapters(combine):
             raise Wrong("stacked along the wrong side", "The rank is A's rows and B's columns: stack along those.") from None
         raise
     if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise Uncheckable("Two tensors are asked for: A, B.")
+        summed = isinstance(given, torch.Tensor) and given.shape == wanted.shape and same(given, wanted)
+        more = " You return the sum of the updates itself: which A and B have it as their product?" if summed else ""
+        raise Uncheckable(f"Two tensors are asked for: A, B.{more}")
     A, B = (need_tensor(part, name) for part, name in zip(given, "AB"))
     if A.ndim != 2 or B.ndim != 2:
-        raise Uncheckable("A and B should be matrices.")
+        raise Uncheckable("A and B should be matrices; `torch.cat` joins two of them, `torch.stack` makes a third dimension.")
     if A.shape == (3, 12) or B.shape == (10, 3):
         raise Wrong("stacked along the wrong side", "The rank is A's rows and B's columns: stack along those.")
     if B.shape[1] != A.shape[0]:
@@ -133,6 +154,9 @@ def add_adapters(combine):
             ),
             "A and B averaged apart": (
                 (B1 + B2) / 2 @ ((A1 + A2) / 2), "Averaging the parts mixes each A with the other's B: that is neither adapter."
+            ),
+            "stacked in two orders": (
+                B2 @ A1 + B1 @ A2, "Each A met the other's B: stack both in the same order."
             ),
             "only one of them": (B1 @ A1, "The second adapter is missing."),
             "halved": (wanted / 2, "That is the mean of the two; the sum is asked for."),
@@ -165,9 +189,13 @@ def adapter_bytes(size):
                 "bits": (32 * numbers, "That is in bits; eight bits are a byte."),
                 "the whole network": (4 * (2_807_010 + numbers), "The base is not stored again for each adapter: that is the point."),
                 "rank forgotten": (4 * PARAMETERS_PER_RANK, "Right at rank 1; at rank 8?"),
+                "the base instead": (4 * 2_807_010, "That is the base. Count only A and B."),
+                "one layer of three": (4 * rank * 1_784, "That is `linear1` alone; linear2 and linear3 have A and B too."),
+                "kilobytes": (4 * numbers / 1024, "That is in units of 1,024 bytes; asked are bytes."),
+                "double precision": (8 * numbers, "Eight bytes would be float64; these tensors are float32."),
                 "half precision": (2 * numbers, "Two bytes would be float16; these tensors are float32."),
             },
-            "Count the numbers of A and B, then the bytes of each.",
+            f"At rank {rank}: count the numbers of A and B on all three layers, then the bytes of each.",
         )
     return "Some 27 kB for each task at rank 1, beside 11 MB for a whole network."
 
