@@ -17,7 +17,7 @@ from lora_helpers import (
 )  # fmt: skip
 from lora_helpers.course import digit_9, mechanics, mlp, scaling, your_turn
 from lora_helpers.course import preflight as preflight_module
-from lora_helpers.course.exercise import Exercise, exercise
+from lora_helpers.course.exercise import Exercise, exercise, same
 
 MODULES = (mlp, scaling, mechanics, digit_9, your_turn)
 EXERCISES = {f"{m.__name__.split('.')[-1]}.{n}": e for m in MODULES for n, e in vars(m).items() if isinstance(e, Exercise)}
@@ -116,6 +116,49 @@ def test_hints_go_step_by_step_and_a_check_leaves_the_random_stream_alone(e):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_what_python_says_comes_with_where_to_look():
+    def unknown_name(labels, digit):
+        return label != digit  # noqa: F821
+
+    def for_one(labels):
+        return labels != 9
+
+    for function, words in (
+        (unknown_name, "spelled as in the line `def"),
+        (for_one, "leave the line `def"),
+        (lambda labels, digit: not labels == digit, "use `~`"),
+        (lambda labels, digit: labels.diag_al(), "Is the name behind the point"),
+        (lambda labels, digit: labels.detach.clone(), "brackets of a call missing"),
+        (lambda labels, digit: labels(digit), "Is a `*` missing"),
+        (lambda labels, digit: {}[digit], "print its keys"),
+        (lambda labels, digit: (labels != digit) & torch.ones(3, dtype=torch.bool), "`.shape` of both"),
+        (lambda labels, digit: print(end=""), "`print` only shows"),
+    ):
+        verdict = mlp.all_but.check(function)
+        assert verdict.state == "cannot be checked" and words in verdict.words, verdict
+    assert "Without the quotes" in digit_9.bill.check("140").words
+    assert "A function is asked for; this is a number (int)." in mlp.layer_parameters.check(785_000).words
+    assert "`.accuracy`" in mlp.accuracy.check(lambda net, mnist: evaluate(net, mnist.test)).words
+    assert "as their product" in your_turn.add_adapters.check(lambda A1, B1, A2, B2: B1 @ A1 + B2 @ A2).words
+    assert "add them up" in mlp.layer_parameters.check(lambda i, o: (i * o, o)).words
+    assert "without brackets" in scaling.break_even.check([440]).words
+    assert "is the bias in it" in mechanics.compute_once.check(lambda layer, batches: [b @ layer.weight.T for b in batches]).words
+
+
+@pytest.mark.parametrize("e", EXERCISES.values(), ids=EXERCISES)
+def test_no_two_mistakes_look_alike(e, monkeypatch):
+    """Else the reply to one would be untrue of the other."""
+    seen = []
+    judge = inspect.unwrap(e._judge)
+    monkeypatch.setitem(judge.__globals__, "compare", lambda given, truth, found, *_: seen.append((truth, found)))
+    e.check(*solved(e))
+    for truth, found in seen[:1]:
+        values = [("right", truth), *((name, value) for name, (value, _) in found.items())]
+        for n, (name, value) in enumerate(values):
+            for other, another in values[n + 1 :]:
+                assert not same(value, another), (name, other)
+
+
 def test_an_interrupt_is_not_swallowed():
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -158,6 +201,10 @@ def measured(part, dim=1, factor=1.0, wrong=False, total=False):
     return accuracy
 
 
+def answers_to_other_labels(net, mnist):
+    return (net(mnist.test.tensors[0]).argmax(dim=1) == mnist.train.tensors[1]).float().mean()
+
+
 def accuracy_in_batches(net, mnist):
     right = sum(int(net(image[None]).argmax()) == int(label) for image, label in mnist.test)
     return right / len(mnist.test)
@@ -179,15 +226,25 @@ WRONG_1 = many(
     (mlp.layer_parameters, lambda i, o: i * o, "bias forgotten"),
     (mlp.layer_parameters, lambda i, o: i * o + i, "one bias for each input"),
     (mlp.layer_parameters, lambda i, o: i + o, "sides added, not multiplied"),
+    (mlp.layer_parameters, lambda i, o: i * o + 1, "one bias for the whole layer"),
+    (mlp.layer_parameters, lambda i, o: i * o + i + o, "a bias for each side"),
+    (mlp.layer_parameters, lambda i, o: 785_000, "one layer for all"),
+    (mlp.layer_parameters, lambda i, o: (i * o, o), None),
     (mlp.layer_parameters, lambda i, o: 18, None),
     (mlp.all_but, lambda labels, digit: labels == digit, "it keeps what it should leave out"),
     (mlp.all_but, lambda labels, digit: labels[labels != digit], "labels instead of places"),
+    (mlp.all_but, lambda labels, digit: (labels != digit).int(), "0 and 1 for False and True"),
+    (mlp.all_but, lambda labels, digit: (labels != digit).long(), "0 and 1 for False and True"),
     (mlp.all_but, lambda labels, digit: labels != 9, None),
     (mlp.wrong_per_digit, lambda c: c.sum(0) - c.diagonal(), "rows and columns swapped"),
     (mlp.wrong_per_digit, lambda c: c.diagonal(), "right answers counted"),
     (mlp.wrong_per_digit, lambda c: c.sum(1), "right answers not taken away"),
     (mlp.wrong_per_digit, confusion_shares, "a share, not a count"),
     (mlp.wrong_per_digit, lambda c: c.sum() - c.trace(), "one sum for all"),
+    (mlp.wrong_per_digit, lambda c: c.diagonal() - c.sum(1), "taken away the wrong way round"),
+    (mlp.wrong_per_digit, lambda c: c.sum(0), "calls counted"),
+    (mlp.wrong_per_digit, lambda c: c.sum() - c.diagonal(), "the whole matrix added up"),
+    (mlp.wrong_per_digit, lambda c: next(c[d].sum() - c[d, d] for d in range(10)), "a return inside the loop"),
     (mlp.keep_copies, lambda net: {n: p.detach() for n, p in net.named_parameters()}, "no memory of its own"),
     (mlp.keep_copies, lambda net: net.state_dict(), "no memory of its own"),
     (mlp.keep_copies, weights_only, "biases left out"),
@@ -195,6 +252,8 @@ WRONG_1 = many(
     (mlp.keep_copies, lambda net: {"linear1.bias": net.linear1.bias}, None),
     (mlp.accuracy, measured("train"), "tested on the training set"),
     (mlp.accuracy, measured("test", dim=0), "the best of the images, not of the scores"),
+    (mlp.accuracy, measured("test", dim=None), "one answer for all images"),
+    (mlp.accuracy, answers_to_other_labels, "images and labels of different sets"),
     (mlp.accuracy, measured("test", wrong=True), "wrong answers instead of right ones"),
     (mlp.accuracy, measured("test", total=True), "a count, not a share"),
     (mlp.accuracy, measured("test", factor=100), "percent, not a share"),
@@ -211,6 +270,7 @@ RIGHT_2 = many(
     (scaling.update, lambda A, B, alpha, r: B @ A * alpha / r, None),
     (scaling.update, lambda A, B, alpha, r: torch.einsum("or,ri->oi", B, A).mul(alpha).div(r), None),
     (scaling.dead_start, (nn.Parameter(ZERO_A), RANDOM_B * 0, " B"), None),
+    (scaling.dead_start, (ZERO_A, ZERO_B, "(b)"), None),
     (scaling.mixed_ranks, lambda ranks, alphas: {n: alphas[n] / ranks[n] for n in alphas}, None),
 )
 WRONG_2 = many(
@@ -221,6 +281,11 @@ WRONG_2 = many(
     (scaling.lora_parameters, lambda i, o, r: i + o, "rank forgotten"),
     (scaling.lora_parameters, lambda i, o, r: r * r * (i + o), "rank squared"),
     (scaling.lora_parameters, lambda i, o, r: r * (i + o) + o, "a bias counted"),
+    (scaling.lora_parameters, lambda i, o, r: r + i + o, "rank added, not multiplied"),
+    (scaling.lora_parameters, lambda i, o, r: r * i * r * o, "the two sizes multiplied"),
+    (scaling.lora_parameters, lambda i, o, r: (r * i, r * o), None),
+    (scaling.break_even, [440], None),
+    (scaling.break_even, 392, "half of one side"),
     (scaling.break_even, 784, "the full rank"),
     (scaling.break_even, 439, "one too low"),
     (scaling.break_even, 784 * 1000 / 1784, "not a whole rank"),
@@ -233,6 +298,8 @@ WRONG_2 = many(
     (scaling.update, lambda A, B, alpha, r: alpha * (B @ A), "α for α/r"),
     (scaling.update, lambda A, B, alpha, r: (B @ A) / r, "1/r for α/r"),
     (scaling.update, lambda A, B, alpha, r: alpha / r**0.5 * (B @ A), "α/√r for α/r"),
+    (scaling.update, lambda A, B, alpha, r: alpha // r * (B @ A), "α//r for α/r"),
+    (scaling.update, lambda A, B, alpha, r: alpha / r * (B * A), "entry by entry"),
     (scaling.update, lambda A, B, alpha, r: alpha / r * (A @ B), "A and B swapped"),
     (scaling.update, lambda A, B, alpha, r: alpha / r * (A.T @ B.T), "transposed"),
     (scaling.update, lambda A, B, alpha, r: torch.zeros(4, 5), None),
@@ -371,6 +438,11 @@ WRONG_3 = many(
     (mechanics.forward, lambda self, W: W + self.delta, "switch ignored"),
     (mechanics.forward, in_place, "the base changed in place"),
     (mechanics.forward, lambda self, W: W + self.delta.detach() if self.enabled else W, "no gradient reaches B"),
+    (mechanics.forward, scaled(lambda s: s.alpha // s.rank), "α//r for α/r"),
+    (mechanics.forward, lambda self, W: W + self.scale * (self.lora_B * self.lora_A), "entry by entry"),
+    (mechanics.forward, lambda self, W: self.lora_B @ self.lora_A, "BA alone"),
+    (mechanics.forward, lambda self, W: W + self.delta if self.enabled else None, "nothing comes back when off"),
+    (mechanics.freeze, lambda net: net.linear2.requires_grad_(False), "layers called by name"),
     (mechanics.freeze, lambda net: None, "base not frozen"),
     (mechanics.freeze, freeze_attribute, "base not frozen"),
     (mechanics.freeze, freeze_then(lambda net: None), "LoRA frozen too"),
@@ -391,6 +463,7 @@ WRONG_3 = many(
     (mechanics.merge, merge_but_keep, "added twice"),
     (mechanics.merge, merge_into_original_twice, "added twice"),
     (mechanics.merge, lambda layer: None, "still parametrized"),
+    (mechanics.merge, lambda layer: delattr(layer, "parametrizations"), "no weight is left"),
     (mechanics.compute_once, cached_inside, "the cache ends too soon"),
     (mechanics.compute_once, lambda layer, batches: [layer(batch) for batch in batches], "the cache ends too soon"),
     (mechanics.compute_once, half_cached, None),
@@ -418,6 +491,11 @@ def proof_by_loop(net, copies):
         now = layer.parametrizations.weight.original if kind == "weight" else layer.bias
         if not bool((now == copied).all()):
             return False
+    return True
+
+
+def proof_by_assert(net, copies):
+    assert proof_by_loop(net, copies)
     return True
 
 
@@ -464,6 +542,8 @@ RIGHT_4 = many(
     (digit_9.experiment, by_hand, None),
 )
 WRONG_4 = many(
+    (digit_9.unchanged, lambda net, copies: net.parameters() == copies, "a proof that nothing passes"),
+    (digit_9.unchanged, proof_by_assert, "it stops instead of answering"),
     (digit_9.unchanged, lambda net, copies: True, "a proof that cannot fail"),
     (digit_9.unchanged, lambda net, copies: all(torch.equal(c, c) for c in copies.values()), "a proof that cannot fail"),
     (digit_9.unchanged, compared(wanted=lambda name: "bias" not in name), "biases not checked"),
@@ -477,6 +557,13 @@ WRONG_4 = many(
     (digit_9.recall_and_precision, lambda c, d: (1 - c[d, d] / c[d].sum(), 1 - c[d, d] / c[:, d].sum()), "shares of wrong answers"),
     (digit_9.recall_and_precision, lambda c, d: (100 * c[d, d] / c[d].sum(), 100 * c[d, d] / c[:, d].sum()), "percent, not shares"),
     (digit_9.recall_and_precision, lambda c, d: (c[d, d] / c.sum(), c[d, d] / c.sum()), "shares of all images"),
+    (digit_9.recall_and_precision, lambda c, d: (c[d, d], c[d, d]), "counts, not shares"),
+    (digit_9.recall_and_precision, lambda c, d: (c[d, d] // c[d].sum(), c[d, d] // c[:, d].sum()), "whole division"),
+    (digit_9.recall_and_precision, lambda c, d: (c[9, 9] / c[9].sum(), c[9, 9] / c[:, 9].sum()), "the digit 9 only"),
+    (digit_9.bill, 368, "the gain counted as a loss"),
+    (digit_9.bill, 0.014, "a share, not a count"),
+    (digit_9.bill, 447, "answers before, not the change"),
+    (digit_9.bill, [9, 3, 15, 39, 109, 8, 31, 26, 14, -114], None),
     (digit_9.bill, 14 - 128, "only the nine looked at"),
     (digit_9.bill, 114, "the nine's gain as a positive number"),
     (digit_9.bill, 254, "the gain left out"),
@@ -524,6 +611,13 @@ WRONG_5 = many(
     (your_turn.largest_rank, lambda budget: budget // 1784, "only one layer counted"),
     (your_turn.score, lambda r, d: r.recall[d], "only the taught digit"),
     (your_turn.score, others, "only what was kept"),
+    (your_turn.score, lambda r, d: min(r.recall[d], others(r, d)), "the smaller of the two"),
+    (your_turn.score, lambda r, d: r.recall[d] * others(r, d), "the product"),
+    (your_turn.score, lambda r, d: (r.recall[d] * others(r, d)).sqrt(), "the geometric mean"),
+    (your_turn.score, lambda r, d: harmonic(r.recall[d], others(r, d)) / 2, "the 2 forgotten"),
+    (your_turn.score, lambda r, d: 2 * r.recall[d] * others(r, d) / r.recall[d] + others(r, d), "brackets forgotten"),
+    (your_turn.score, lambda r, d: harmonic(r.recall[d], 9 * others(r, d)), "a sum for the mean of nine"),
+    (your_turn.score, lambda r, d: harmonic(r.recall[d], r.precision[d]), "the others left out"),
     (your_turn.score, lambda r, d: r.accuracy, "accuracy"),
     (your_turn.score, lambda r, d: (r.recall[d] + others(r, d)) / 2, "a plain mean"),
     (your_turn.score, lambda r, d: r.precision[d], "precision for recall"),
@@ -532,6 +626,7 @@ WRONG_5 = many(
     (your_turn.score, lambda r, d: harmonic(r.recall[9], others(r, 9)), None),
     (your_turn.add_adapters, lambda A1, B1, A2, B2: (A1 + A2, B1 + B2), "A and B added apart"),
     (your_turn.add_adapters, lambda A1, B1, A2, B2: ((A1 + A2) / 2, (B1 + B2) / 2), "A and B averaged apart"),
+    (your_turn.add_adapters, lambda A1, B1, A2, B2: (torch.cat([A1, A2]), torch.cat([B2, B1], 1)), "stacked in two orders"),
     (your_turn.add_adapters, lambda A1, B1, A2, B2: (A1, B1), "only one of them"),
     (your_turn.add_adapters, lambda A1, B1, A2, B2: (torch.cat([A1, A2]), torch.cat([B1, B2], 1) / 2), "halved"),
     (your_turn.add_adapters, lambda A1, B1, A2, B2: (torch.cat([A1, A2], 1), torch.cat([B1, B2], 0)), "stacked along the wrong side"),
@@ -539,6 +634,10 @@ WRONG_5 = many(
     (your_turn.adapter_bytes, lambda rank: 6794 * rank, "numbers, not bytes"),
     (your_turn.adapter_bytes, lambda rank: 32 * 6794 * rank, "bits"),
     (your_turn.adapter_bytes, lambda rank: 4 * (2_807_010 + 6794 * rank), "the whole network"),
+    (your_turn.adapter_bytes, lambda rank: 4 * 2_807_010, "the base instead"),
+    (your_turn.adapter_bytes, lambda rank: 4 * 1784 * rank, "one layer of three"),
+    (your_turn.adapter_bytes, lambda rank: 4 * 6794 * rank / 1024, "kilobytes"),
+    (your_turn.adapter_bytes, lambda rank: 8 * 6794 * rank, "double precision"),
     (your_turn.adapter_bytes, lambda rank: 4 * 6794, "rank forgotten"),
     (your_turn.adapter_bytes, lambda rank: 2 * 6794 * rank, "half precision"),
 )

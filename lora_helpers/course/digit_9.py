@@ -116,7 +116,7 @@ def _two_numbers(given) -> list[float]:
     given = list(given.values()) if isinstance(given, dict) else given
     values = numbers(given)
     if values.shape != (2,):
-        raise Uncheckable(f"Two numbers are asked for, recall and precision; yours have the shape {tuple(values.shape)}.")
+        raise Uncheckable(f"Two numbers are asked for, recall and precision; yours holds {values.numel()}.")
     return values.tolist()
 
 

@@ -234,12 +234,13 @@ def _shape(value) -> str:
 
 # What a learner should look at, by a piece of what Python or PyTorch says.
 _LOOK = {
-    "positional argument": "The check calls your function with all its arguments: leave the line `def …` as it was.",
     "Boolean value of Tensor": "`not`, `and` and `or` want a single True or False; for each entry of a tensor use `~`, `&` and `|`.",
     "could not infer output dtype": "A mean needs numbers with a point: put `.float()` before it.",
     "must match the size": "`*`, `+` and `==` go entry by entry. Print the `.shape` of both sides; the matrix product is `@`.",
     "shapes cannot be multiplied": "Print the `.shape` of both sides: in `A @ B` the columns of A must be as many as the rows of B.",
-    "not callable": "Is a `*` missing before a bracket?",
+    "not callable": "Is a `*` missing before the bracket, or `[…]` meant?",
+    "must be tuple of Tensors": "`torch.cat` takes the tensors in one list: `torch.cat([a, b], dim=…)`.",
+    "method' object": "Are the brackets of a call missing, as in `net.modules()` and `p.detach()`?",
     "in-place operation": "Change a parameter inside `with torch.no_grad():`, or make a new tensor with `+`.",
     "to unpack": "Do you take more names than each item holds? Print one item.",
 }
@@ -248,8 +249,12 @@ _LOOK = {
 def _advice(error: Exception) -> str:
     if isinstance(error, NameError):
         return "A name must be spelled as in the line `def …`, or belong to something that a cell above made."
-    if isinstance(error, AttributeError):
+    if isinstance(error, KeyError) and "exists" not in str(error):
+        return "That key is not in the dictionary: print its keys."
+    if isinstance(error, AttributeError) and "method'" not in str(error):
         return "Is the name behind the point spelled right? Print the `type` of what stands before it."
+    if isinstance(error, TypeError) and not _where(error):  # it never came into the function
+        return "The check calls your function with all its arguments: leave the line `def …` as it was."
     return next((words for piece, words in _LOOK.items() if piece in str(error)), "Run it by hand on a small example.")
 
 

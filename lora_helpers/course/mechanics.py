@@ -9,7 +9,7 @@ from lora_helpers.course.quiz import Question, Quiz
 from lora_helpers.lora import LoRAParametrization
 
 
-def _adapted_layer(rank: int = 2, alpha: float = 7) -> tuple[nn.Linear, torch.Tensor, LoRAParametrization]:
+def _adapted_layer(rank: int = 3, alpha: float = 7) -> tuple[nn.Linear, torch.Tensor, LoRAParametrization]:
     """A Linear(5, 4) with an adapter that changes it: the layer, a copy of its weight, the adapter."""
     layer = nn.Linear(5, 4)
     weight = layer.weight.detach().clone()
@@ -43,7 +43,7 @@ def forward(function):
     except LearnerError as error:
         if "shapes cannot be multiplied" in str(error.error):
             raise Wrong("A and B swapped", "A is r × in, B is out × r: only one order gives the weight's shape, out × in.") from None
-        if "must match the size" in str(error.error) and "(2) must match the size of tensor b (5)" in str(error.error):
+        if "must match the size" in str(error.error) and "(3) must match the size of tensor b (5)" in str(error.error):
             raise Wrong("entry by entry", "`*` multiplies two tensors entry by entry; the matrix product is `@`.") from None
         if "must match the size" in str(error.error):
             raise Wrong("transposed", "The update has the shape in × out; a weight is (out_features, in_features).") from None
@@ -59,12 +59,12 @@ def forward(function):
             "α·r for α/r": (weight + alpha * rank * product, "α is *shared out* over the r directions: divide."),
             "r/α for α/r": (weight + rank / alpha * product, "The fraction is upside down."),
             "α for α/r": (weight + alpha * product, "The scale is α instead of α/r: a real library shipped this."),
-            "α//r for α/r": (weight + alpha // rank * product, "`//` throws the fraction away: 7 // 2 is 3. Divide with `/`."),
+            "α//r for α/r": (weight + alpha // rank * product, "`//` throws the fraction away: 7 // 3 is 2. Divide with `/`."),
             "BA alone": (product, "That is BA, without the scale, and without the weight that it is added to."),
             "no update": (weight, "Nothing was added, though the switch is on. Is the condition the wrong way round?"),
             "subtracted": (weight - (alpha / rank) * product, "The update is added, not taken away."),
         },
-        "With α = 7 and r = 2, W + 3.5·BA is expected.",
+        "With α = 7 and r = 3, W + (7/3)·BA is expected.",
     )
     adapter.enabled = False
     off = run(function, adapter, stored)
