@@ -219,9 +219,12 @@ class Run:
 
 
 def start_lora(base: nn.Module, setting: Setting) -> nn.Module:
-    """A copy of `base` with LoRA as `setting` says, frozen base; the global random stream is left alone."""
+    """A twin of `base` with LoRA as `setting` says; the global random stream is left alone.
+
+    Its base is frozen and shares the memory of `base`, so that many twins cost little: do not merge it.
+    """
     _choice("start", setting.start, STARTS)
-    net = copy.deepcopy(base)
+    net = copy.deepcopy(base, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()})
     generator = torch.Generator().manual_seed(setting.seed)
     add_lora(net, rank=setting.rank, alpha=alpha_for(setting.rule, setting.rank, setting.alpha), generator=generator)
     if setting.start == "kaiming":  # loralib and PEFT: uniform within ±1/√in, standard deviation 1/√(3·in)

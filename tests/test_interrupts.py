@@ -189,6 +189,7 @@ def test_a_download(mirror, monkeypatch, tmp_path, number):  # noqa: F811
     import torchvision.datasets.mnist  # noqa: F401  (patched below)
 
     cache = tmp_path / "cache"
+    monkeypatch.delenv("LORA_MNIST_ROOT", raising=False)
     monkeypatch.setenv("LORA_CACHE", str(cache))
     target = "torchvision.datasets.mnist.download_and_extract_archive"
     stop_at(lambda: load_mnist("full"), monkeypatch, target, number)
