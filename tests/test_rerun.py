@@ -1,0 +1,62 @@
+"""Cells in any order, and twice: each notebook with every cell doubled and earlier cells run again, at random, after later ones."""
+
+import random
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+QUICK = {"3_parametrization", "4_digit_9"}
+
+
+def quick_first(paths):
+    return [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in paths]
+
+
+def text(outputs):
+    """What a cell said, without pictures, bars and widgets."""
+    said = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+    return said + "".join(o.data.get("text/plain", "") for o in outputs if o.output_type == "execute_result")
+
+
+def run(path, order):
+    """Runs the code cells of the notebook at `path` in `order`, in one kernel; returns what went wrong, or did not come out as at first."""
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    places = order(len(cells))
+    client = NotebookClient(nbformat.v4.new_notebook(metadata=notebook.metadata), timeout=300, allow_errors=True, resources={"metadata": {"path": path.parent}})
+    troubles, first = [], {}
+    with client.setup_kernel():
+        for number, place in enumerate(places):
+            cell = nbformat.v4.new_code_cell(cells[place].source)
+            client.nb.cells.append(cell)
+            client.execute_cell(cell, len(client.nb.cells) - 1)
+            error = next((f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"), None)
+            otherwise = "nbval-ignore-output" not in cells[place].metadata.get("tags", []) and text(cell.outputs) != first.setdefault(place, text(cell.outputs))
+            if error or otherwise:
+                troubles.append((number, place, cell.source, error or text(cell.outputs)))
+    print(f"\n{path.stem}: {len(places)} runs of {len(cells)} cells")
+    return troubles
+
+
+def doubled(count):
+    return [place for place in range(count) for _ in range(2)]
+
+
+def going_back(count, seed=0):
+    """Each cell in turn; after one in three, up to three of those above it once more; at the end, all of them in a shuffled order."""
+    dice, order = random.Random(seed), []
+    for place in range(count):
+        order.append(place)
+        if dice.random() < 1 / 3:
+            order += [dice.randrange(place + 1) for _ in range(dice.randint(1, 3))]
+    return order + dice.sample(range(count), count)
+
+
+@pytest.mark.parametrize("order", [doubled, going_back])
+@pytest.mark.parametrize("path", quick_first(NOTEBOOKS))
+def test_any_order(path, order):
+    troubles = run(path, order)
+    assert not troubles, "\n\n".join(f"run {n}, cell {place + 1}\n{source}\n→ {what}" for n, place, source, what in troubles)
