@@ -154,6 +154,7 @@ def timed(work):
 
 def plain():
     import torch
+    from lora_helpers import pretrained_base
 
     loader, net = plain_loader(train=True), plain_network()
     plain_train(net, loader, 5)
@@ -163,6 +164,7 @@ def plain():
     seconds["testing, all test images"] = timed(lambda: plain_test(net, test))[0]
     nines = [i for i, label in enumerate(loader.dataset[k][1] for k in range(len(loader.dataset))) if label == 9]
     loader = plain_loader(train=True, indices=torch.utils.data.SubsetRandomSampler(nines))
+    net.load_state_dict(pretrained_base(mnist(), progress=False).state_dict())  # the base that the others start from
     adapted = plain_lora(net)
     plain_train(adapted, loader, 5)
     seconds["fine-tuning, 100 batches"] = timed(lambda: plain_train(adapted, loader, BATCHES))[0]
