@@ -5,7 +5,7 @@ import re
 
 import pytest
 from playwright.sync_api import Page, expect
-from test_browser_widgets import browser, lab, run_all  # noqa: F401  (fixtures)
+from test_browser_widgets import browser, lab, notebooks, run_all  # noqa: F401  (fixtures)
 
 SCREENSHOT = os.environ.get("LORA_SCREENSHOT")
 

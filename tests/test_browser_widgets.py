@@ -40,10 +40,15 @@ WATCH = """panel => { window.frames_seen = 0; window.places = new Set(); (functi
 
 
 @pytest.fixture(scope="module")
-def lab(chromium, tmp_path_factory):
-    """The address of a JupyterLab that serves a copy of the notebooks, with settings of its own."""
+def notebooks(tmp_path_factory):
+    """A folder with a copy of the notebooks."""
+    return shutil.copytree(NOTEBOOKS, tmp_path_factory.mktemp("served") / "notebooks", ignore=shutil.ignore_patterns(".*"))
+
+
+@pytest.fixture(scope="module")
+def lab(chromium, notebooks, tmp_path_factory):
+    """The address of a JupyterLab that serves `notebooks`, with settings of its own."""
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -57,7 +62,7 @@ def lab(chromium, tmp_path_factory):
     options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token="]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyter", "lab", *options, f"--ServerApp.root_dir={folder / 'notebooks'}"],
+            [sys.executable, "-m", "jupyter", "lab", *options, f"--ServerApp.root_dir={notebooks}"],
             env=os.environ | home, stdout=log, stderr=log,
         )  # fmt: skip
         try:
