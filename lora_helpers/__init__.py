@@ -1,6 +1,6 @@
 """The chores behind the LoRA notebooks.
 
-cache → data → model → lora → adapters → factorisation → training → scaling → finetuning → plots → scaling_plots → widgets:
+checks → cache → data → model → lora → adapters → factorisation → training → scaling → finetuning → plots → scaling_plots → widgets:
 each module imports only from those before it.
 """
 

@@ -1,7 +1,6 @@
 """Adapters as files, in the format of Hugging Face PEFT: what is saved here opens there, and the other way round."""
 
 import json
-import math
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lora_helpers.checks import check_network, check_positive, check_whole
 from lora_helpers.lora import add_lora, adapter_names, lora_layers
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -73,8 +73,9 @@ def load_adapter(net: nn.Module, folder: str | os.PathLike, name: str = "default
     Raises:
         FileNotFoundError: one of the two files is missing.
         ValueError: a file is damaged, an option is not supported, or layers, shapes or values do not fit `net`;
-            or `name` is taken. Nothing is changed then.
+            or `name` is taken. TypeError: `net` is no network. Nothing is changed then.
     """
+    check_network(net)
     config, tensors = _read(Path(folder))
     rank, alpha, rank_stabilised = _check_config(config)
     pairs = _pair_up(tensors)
@@ -138,10 +139,8 @@ def _check_config(config: dict) -> tuple[int, float, bool]:
     if unknown:
         raise ValueError(f"Not supported here: {', '.join(f'{k} = {v!r}' for k, v in sorted(unknown.items()))}.")
     rank, alpha, rank_stabilised = config.get("r"), config.get("lora_alpha"), config.get("use_rslora", False)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"r is {rank!r}; it must be a whole number of at least 1.")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"lora_alpha is {alpha!r}; it must be a positive, finite number.")
+    check_whole("r", rank)
+    check_positive("lora_alpha", alpha)
     if not isinstance(rank_stabilised, bool):
         raise ValueError(f"use_rslora is {rank_stabilised!r}; it must be true or false.")
     return rank, alpha, rank_stabilised

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lora_helpers.cache import cache_folder, keep_file, set_aside
+from lora_helpers.checks import check_whole
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to [0, 1]
 SAMPLE_TRAIN_PER_DIGIT = 300  # of 500; why 300/200 and three epochs: README, "What you will see"
@@ -83,8 +84,7 @@ def only_digit(dataset: TensorDataset, digit: int) -> TensorDataset:
     Raises:
         ValueError: `digit` is not a whole number from 0 to 9, or the dataset has none of it.
     """
-    if isinstance(digit, bool) or not isinstance(digit, int) or not 0 <= digit <= 9:
-        raise ValueError(f"digit is {digit!r}; it must be a whole number from 0 to 9.")
+    check_whole("digit", digit, 0, 9)
     images, labels = as_tensors(dataset)
     keep = labels == digit
     if not keep.any():
@@ -92,12 +92,18 @@ def only_digit(dataset: TensorDataset, digit: int) -> TensorDataset:
     return TensorDataset(images[keep], labels[keep])
 
 
+def check_mnist(mnist: Mnist) -> None:
+    """Raises TypeError unless `mnist` is a `Mnist`."""
+    if not isinstance(mnist, Mnist):
+        raise TypeError(f"mnist is a {type(mnist).__name__}; it must be what load_mnist() returns.")
+
+
 def as_tensors(dataset: TensorDataset) -> tuple[torch.Tensor, torch.Tensor]:
     """The images and labels of `dataset`, checked.
 
     Raises:
-        TypeError: not a `TensorDataset` of images and int64 labels.
-        ValueError: it is empty, or a label is not 0 to 9.
+        TypeError: not a `TensorDataset` of floating-point images and int64 labels.
+        ValueError: it is empty, an image does not hold 28×28 finite values, or a label is not 0 to 9.
     """
     tensors = getattr(dataset, "tensors", ())
     if len(tensors) != 2 or tensors[1].dtype != torch.int64 or tensors[1].ndim != 1:
@@ -110,6 +116,12 @@ def as_tensors(dataset: TensorDataset) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError("The dataset is empty; it must hold at least one image.")
     if labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"Labels run from {labels.min()} to {labels.max()}; they must be 0 to 9.")
+    if not images.is_floating_point():
+        raise TypeError(f"The images are {images.dtype}; they must be floating-point, normalised as load_mnist() does it.")
+    if images[0].numel() != 28 * 28:
+        raise ValueError(f"Each image is {' × '.join(map(str, images.shape[1:])) or 'one number'}; it must hold 28 × 28 values.")
+    if not images.isfinite().all():
+        raise ValueError("The images hold values that are NaN or infinite; take them anew from load_mnist().")
     return images, labels
 
 

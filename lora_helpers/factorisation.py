@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from lora_helpers.checks import check_network
 from lora_helpers.lora import LoRAParametrization, lora_layers
 
 
@@ -22,8 +23,12 @@ def factorised(net: nn.Module) -> Iterator[nn.Module]:
     stays registered. Layers with another parametrization beside LoRA, and networks without LoRA,
     compute as ever.
 
+    Raises:
+        TypeError: `net` is no network.
+
     Source: Hu et al., arXiv 2106.09685, equation (3).
     """
+    check_network(net)
     changed = []
     try:
         for layer in net.modules():
@@ -44,8 +49,13 @@ def side_by_side(nets: Sequence[nn.Module]) -> Iterator[nn.Module]:
     which cost most, are multiplied once for all blocks. The adapters stay those of their own networks.
 
     Raises:
-        ValueError: the networks do not have LoRA on the same layers of the same base. Nothing is changed then.
+        ValueError: there is no network, or they do not have LoRA on the same layers of the same base.
+        TypeError: one is no network. Nothing is changed then.
     """
+    if not nets:
+        raise ValueError("nets is empty; it must hold at least one network with LoRA.")
+    for net in nets:
+        check_network(net)
     names = [name for name, layer in nets[0].named_modules() if _has_only_lora(layer)]
     for net in nets:
         layers = [(net.get_submodule(name), nets[0].get_submodule(name)) for name in names]

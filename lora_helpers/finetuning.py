@@ -11,7 +11,8 @@ from threading import RLock
 import torch
 from torch.utils.data import TensorDataset
 
-from lora_helpers.data import Mnist, as_tensors, only_digit
+from lora_helpers.checks import LARGEST_SEED, check_positive, check_whole
+from lora_helpers.data import Mnist, as_tensors, check_mnist, only_digit
 from lora_helpers.factorisation import factorised
 from lora_helpers.lora import add_lora, count_parameters, freeze_base, lora_disabled, lora_layers, remove_lora
 from lora_helpers.model import RichBoyNet
@@ -35,7 +36,7 @@ class Settings:
         seed: of A and of the order of the images.
 
     Raises:
-        ValueError: `batches`, `share` or `seed` is not as above (rank, alpha and digit are checked where they are used).
+        ValueError: one of them is not as above (that the rank is not too high is checked where it is used).
     """
 
     rank: int = 1
@@ -46,10 +47,11 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("batches", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 0.")
+        check_whole("rank", self.rank)
+        check_positive("alpha", self.alpha)
+        check_whole("batches", self.batches, 0)
+        check_whole("digit", self.digit, 0, 9)
+        check_whole("seed", self.seed, 0, LARGEST_SEED)
         if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 <= self.share <= 0.8:
             raise ValueError(f"share is {self.share!r}; it must be a number from 0 (the digit alone) to 0.8.")
 
@@ -128,10 +130,11 @@ class FineTuner:
     Safe to call from several threads: one at a time is served.
 
     Raises:
-        ValueError: `base` already has LoRA.
+        ValueError: `base` already has LoRA. TypeError: `base` is no network, or `mnist` no `Mnist`.
     """
 
     def __init__(self, base: RichBoyNet, mnist: Mnist):
+        check_mnist(mnist)
         if lora_layers(base):
             raise ValueError("This base already has LoRA; call remove_lora(net) first, or pass pretrained_base(mnist).")
         self.mnist = mnist

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from lora_helpers.checks import check_bool, check_network, check_positive, check_whole
+
 
 class LoRAParametrization(nn.Module):
     """Adds a low-rank update to a weight: forward(W) = W + (alpha / rank) · B A.
@@ -51,11 +53,10 @@ class LoRAParametrization(nn.Module):
     ):
         super().__init__()
         for argument, value in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
-            _check_whole(argument, value)
-        _check_alpha(alpha)
+            check_whole(argument, value)
+        check_positive("alpha", alpha)
         _check_dtype(dtype)
-        if not isinstance(rank_stabilised, bool):
-            raise TypeError(f"rank_stabilised is {rank_stabilised!r}; it must be True or False.")
+        check_bool("rank_stabilised", rank_stabilised)
         a = torch.randn(rank, in_features, dtype=dtype, generator=generator).to(device)
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
@@ -113,8 +114,7 @@ def lora_layers(net: nn.Module) -> dict[str, list[LoRAParametrization]]:
     Raises:
         TypeError: `net` is no `torch.nn.Module`.
     """
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net is a {type(net).__name__}; it must be a network, such as RichBoyNet().")
+    check_network(net)
     found = {}
     for name, layer in net.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
@@ -166,8 +166,8 @@ def add_lora(
         TypeError: `net` is no network, or a named layer is no `Linear`. Nothing is changed then.
     """
     _refuse_in_cache()
-    _check_whole("rank", rank)
-    _check_alpha(alpha)
+    check_whole("rank", rank)
+    check_positive("alpha", alpha)
     if not isinstance(name, str) or not name:
         raise ValueError(f"name is {name!r}; it must be a text such as 'nine'.")
     if name in adapter_names(net):
@@ -234,8 +234,7 @@ def set_lora_enabled(net: nn.Module, enabled: bool) -> None:
     Raises:
         ValueError: `net` has no LoRA. TypeError: `enabled` is not a bool.
     """
-    if not isinstance(enabled, bool):
-        raise TypeError(f"enabled is {enabled!r}; it must be True or False.")
+    check_bool("enabled", enabled)
     for adapter in _require_lora(net):
         adapter.enabled = enabled
 
@@ -379,16 +378,6 @@ def _choose_layers(net: nn.Module, layers: Iterable[str] | None) -> dict[str, nn
         if len(owners) > 1:
             raise ValueError(f"{' and '.join(owners)} share one weight; adapting one of them would untie them.")
     return {name: modules[name] for name in names}
-
-
-def _check_whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-
-
-def _check_alpha(alpha: float) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= torch.finfo(torch.float64).max:
-        raise ValueError(f"alpha is {alpha!r}; it must be a positive, finite number.")
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:

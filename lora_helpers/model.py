@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from lora_helpers.checks import check_whole
+
 
 class RichBoyNet(nn.Module):
     """An MLP for MNIST, 784 → hidden_size_1 → hidden_size_2 → 10, with ReLU between.
@@ -18,8 +20,7 @@ class RichBoyNet(nn.Module):
     def __init__(self, hidden_size_1: int = 1000, hidden_size_2: int = 2000):
         super().__init__()
         for name, size in (("hidden_size_1", hidden_size_1), ("hidden_size_2", hidden_size_2)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} is {size!r}; it must be a whole number of at least 1.")
+            check_whole(name, size)
         self.linear1 = nn.Linear(28 * 28, hidden_size_1)
         self.linear2 = nn.Linear(hidden_size_1, hidden_size_2)
         self.linear3 = nn.Linear(hidden_size_2, 10)

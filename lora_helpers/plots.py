@@ -11,6 +11,7 @@ from matplotlib.text import Text
 from PIL import Image  # comes with matplotlib
 from torch.utils.data import TensorDataset
 
+from lora_helpers.checks import check_whole
 from lora_helpers.data import as_tensors
 from lora_helpers.training import Evaluation
 
@@ -69,10 +70,19 @@ def _with_fewer_colors(png: bytes) -> bytes:
 
 
 def show_digits(dataset: TensorDataset, indices=None, titles=None) -> Picture:
-    """A row of digits. `indices`: which images (default: the first of each label)."""
+    """A row of digits. `indices`: which images (default: the first of each label). `titles`: one for each (default: its label).
+
+    Raises:
+        ValueError: there is no such image, none is asked for, or there are more or fewer titles than images.
+        TypeError: `dataset` is no `TensorDataset` of images and labels.
+    """
     images, labels = as_tensors(dataset)
     if indices is None:
         indices = [(labels == digit).nonzero()[0].item() for digit in labels.unique().tolist()]
+    if not len(indices) or not all(-len(labels) <= index < len(labels) for index in indices):
+        raise ValueError(f"indices is {list(indices)}; it must name at least one image, from 0 to {len(labels) - 1}.")
+    if titles and len(titles) != len(indices):
+        raise ValueError(f"There are {len(titles)} titles for {len(indices)} images; give as many.")
     names = titles or [str(labels[index].item()) for index in indices]
     figure = Picture(f"Digits: {', '.join(names)}", figsize=(max(1.1 * len(indices), 2), 1.5))
     for place, (axes, index) in enumerate(zip(figure.subplots(1, len(indices), squeeze=False)[0], indices)):
@@ -83,7 +93,14 @@ def show_digits(dataset: TensorDataset, indices=None, titles=None) -> Picture:
 
 
 def plot_losses(losses: list[float], window: int = 50) -> Picture:
-    """The loss of each batch (nats), and its running mean over `window` batches."""
+    """The loss of each batch (nats), and its running mean over `window` batches.
+
+    Raises:
+        ValueError: there are no losses, or `window` is no whole number of at least 1.
+    """
+    if not len(losses):
+        raise ValueError("There are no losses to draw; train first: losses = train(net, mnist.train).")
+    check_whole("window", window)
     values = torch.tensor(losses)
     figure = Picture(f"Loss of {len(losses)} batches, from {losses[0]:.2f} to {losses[-1]:.2f}", figsize=(7, 2.6))
     axes = figure.subplots()

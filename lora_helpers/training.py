@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from lora_helpers import __version__
 from lora_helpers.cache import load_tensors, save_tensors
-from lora_helpers.data import Mnist, as_tensors
+from lora_helpers.checks import LARGEST_SEED, check_network, check_positive, check_whole
+from lora_helpers.data import Mnist, as_tensors, check_mnist
 from lora_helpers.factorisation import factorised, side_by_side
 from lora_helpers.model import RichBoyNet
 
@@ -86,10 +87,11 @@ def train(
 
     Raises:
         ValueError: a number out of range, an empty dataset, or nothing to train.
-        TypeError: `dataset` is no `TensorDataset` of images and labels.
+        TypeError: `net` is no network, or `dataset` no `TensorDataset` of images and labels.
 
     Source: Adam, https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html
     """
+    check_network(net)
     images, labels = _checked(dataset, lr, seed, epochs=epochs, batch_size=batch_size, max_batches=max_batches)
     trainable = [p for p in net.parameters() if p.requires_grad]
     if not trainable:
@@ -140,10 +142,10 @@ def train_side_by_side(
         TypeError: `dataset` is no `TensorDataset` of images and labels.
     """
     images, labels = _checked(dataset, lr, seed, batch_size=batch_size, max_batches=max_batches)
-    trainable = [p for net in nets for p in net.parameters() if p.requires_grad]
-    optimizer = _Adam(trainable, lr=lr, fused=True)
-    images, labels = images.to(trainable[0].device), labels.to(trainable[0].device)
     with side_by_side(nets) as together:
+        trainable = [p for net in nets for p in net.parameters() if p.requires_grad]
+        optimizer = _Adam(trainable, lr=lr, fused=True)
+        images, labels = images.to(trainable[0].device), labels.to(trainable[0].device)
         for _, batch in zip(range(max_batches), _batches(len(labels), batch_size, seed)):
             logits = together(images[batch].repeat(len(nets), 1, 1, 1))
             loss = len(nets) * F.cross_entropy(logits, labels[batch].repeat(len(nets)))  # each network's own mean, summed
@@ -157,9 +159,10 @@ def evaluate(net: nn.Module, dataset: TensorDataset) -> Evaluation:
     """Tests `net` on `dataset`: no gradients, evaluation mode, no shuffling, the mode restored.
 
     Raises:
-        ValueError: the dataset is empty or a label is not 0 to 9.
-        TypeError: `dataset` is no `TensorDataset` of images and labels.
+        ValueError: the dataset is empty, an image is not 28×28 finite values, or a label is not 0 to 9.
+        TypeError: `net` is no network, or `dataset` no `TensorDataset` of images and labels.
     """
+    check_network(net)
     images, labels = as_tensors(dataset)
     device = next(net.parameters()).device
     was_training = net.training
@@ -182,9 +185,8 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
     Raises:
         TypeError: `mnist` is no `Mnist`. ValueError: `seed` is no whole number of at least 0.
     """
-    if not isinstance(mnist, Mnist):
-        raise TypeError(f"mnist is a {type(mnist).__name__}; it must be what load_mnist() returns.")
-    _check_seed(seed)
+    check_mnist(mnist)
+    check_whole("seed", seed, 0, LARGEST_SEED)
     name = f"base-{mnist.source}-{_fingerprint(mnist.train, mnist.pretraining_epochs, seed)}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -200,18 +202,12 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
 
 def _checked(dataset: TensorDataset, lr: float, seed: int | None, **counts: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if value is not None:
+            check_whole(name, value)
     if seed is not None:
-        _check_seed(seed)
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"lr is {lr!r}; it must be a positive, finite number.")
+        check_whole("seed", seed, 0, LARGEST_SEED)
+    check_positive("lr", lr)
     return as_tensors(dataset)
-
-
-def _check_seed(seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to 2**63 - 1.")
 
 
 class _Adam:

@@ -3,6 +3,7 @@
 from IPython.display import HTML, DisplayHandle
 
 from lora_helpers import plots
+from lora_helpers.checks import check_bool
 
 PICTURES = 1.35  # times the usual type
 _STYLE = """<style>
@@ -26,8 +27,7 @@ def projector_mode(on: bool = True) -> None:
     Raises:
         TypeError: `on` is not a bool.
     """
-    if not isinstance(on, bool):
-        raise TypeError(f"on is {on!r}; it must be True or False.")
+    check_bool("on", on)
     plots.set_type_scale(PICTURES if on else 1.0)
     while _shown:
         _shown.pop().update(HTML(""))

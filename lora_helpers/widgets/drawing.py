@@ -35,13 +35,15 @@ def as_mnist(strokes: Sequence[Stroke]) -> torch.Tensor:
         float32, 1×28×28, normalised as in `load_mnist`.
 
     Raises:
-        ValueError: there is no point.
+        ValueError: there is no point, or one that is not two finite numbers.
 
     Source: how MNIST was made: http://yann.lecun.com/exdb/mnist/
     """
     strokes = [torch.tensor(stroke, dtype=torch.float32) for stroke in strokes if len(stroke)]
     if not strokes:
         raise ValueError("There is nothing drawn; give at least one stroke with one point.")
+    if not all(stroke.shape[1:] == (2,) and stroke.isfinite().all() for stroke in strokes):
+        raise ValueError("Each point of a stroke must be (x, y), two finite numbers.")
     starts = torch.cat([stroke[:-1] if len(stroke) > 1 else stroke for stroke in strokes])
     ends = torch.cat([stroke[1:] if len(stroke) > 1 else stroke for stroke in strokes])
     points = torch.cat(strokes)

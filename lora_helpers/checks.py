@@ -1,0 +1,32 @@
+"""What a caller passed, checked: each error says what was given and what is allowed."""
+
+import sys
+
+from torch import nn
+
+LARGEST_SEED = 2**63 - 1  # of torch.Generator
+
+
+def check_whole(name: str, value: int, low: int = 1, high: int | None = None) -> None:
+    """Raises ValueError unless `value` is an int (no bool) from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} is {value!r}; it must be a whole number {allowed}.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError unless `value` is an int or a float (no bool), positive and finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} is {value!r}; it must be a positive, finite number.")
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Raises TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it must be True or False.")
+
+
+def check_network(net: nn.Module) -> None:
+    """Raises TypeError unless `net` is a `torch.nn.Module`."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net is a {type(net).__name__}; it must be a network, such as RichBoyNet().")
