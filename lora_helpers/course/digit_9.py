@@ -1,6 +1,7 @@
 """Notebook 4, Digit-9 fine-tuning: its exercises and its quiz."""
 
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, kind_of, numbers, same
@@ -195,10 +196,12 @@ def adam_memory(kept):
 def experiment(teach):
     """Repair the experiment: only A and B learn, only from nines, tested on unseen images."""
     net = RichBoyNet(16, 12)
+    nn.init.normal_(net.linear1.weight)  # large enough for the poison to overflow
     base = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     labels = torch.arange(60) % 10
     images = torch.randn(60, 1, 28, 28)
-    poisoned = torch.where((labels == 9).reshape(-1, 1, 1, 1), images, torch.nan)  # any other digit ruins what trains on it
+    poison = torch.finfo(images.dtype).max  # any other digit ruins what trains on it
+    poisoned = torch.where((labels == 9).reshape(-1, 1, 1, 1), images, poison)
     test = TensorDataset(torch.randn(40, 1, 28, 28), torch.arange(40) % 10)
     before = evaluate(net, test)
     given = call(teach, net, Mnist(TensorDataset(poisoned, labels), test, "sample"))
