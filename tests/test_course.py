@@ -18,6 +18,7 @@ from lora_helpers import (
 from lora_helpers.course import digit_9, mechanics, mlp, scaling, your_turn
 from lora_helpers.course import preflight as preflight_module
 from lora_helpers.course.exercise import Exercise, exercise, same
+from lora_helpers.training import Evaluation
 
 MODULES = (mlp, scaling, mechanics, digit_9, your_turn)
 EXERCISES = {f"{m.__name__.split('.')[-1]}.{n}": e for m in MODULES for n, e in vars(m).items() if isinstance(e, Exercise)}
@@ -116,6 +117,24 @@ def test_hints_go_step_by_step_and_a_check_leaves_the_random_stream_alone(e):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_what_the_layer_says_comes_with_where_to_look():
+    def assign_parameter(layer):
+        layer.weight = nn.Parameter(torch.zeros(4, 5))
+
+    def assign_tensor(layer):
+        parametrize.remove_parametrizations(layer, "weight")
+        layer.weight = torch.zeros(4, 5)
+
+    def without_brackets(layer, batches):
+        with parametrize.cached:
+            return [layer(batch) for batch in batches]
+
+    assert "remove the parametrization first" in mechanics.merge.check(assign_parameter).words
+    assert "another `nn.Parameter`" in mechanics.merge.check(assign_tensor).words
+    assert "brackets missing" in mechanics.compute_once.check(without_brackets).words
+    assert "Square brackets make a list." in mechanics.compute_once.check(lambda layer, batches: (layer(batch) for batch in batches)).words
+
+
 def test_what_python_says_comes_with_where_to_look():
     def unknown_name(labels, digit):
         return label != digit  # noqa: F821
@@ -139,6 +158,8 @@ def test_what_python_says_comes_with_where_to_look():
     assert "Without the quotes" in digit_9.bill.check("140").words
     assert "A function is asked for; this is a number (int)." in mlp.layer_parameters.check(785_000).words
     assert "`.accuracy`" in mlp.accuracy.check(lambda net, mnist: evaluate(net, mnist.test)).words
+    assert "worked on a copy" in digit_9.experiment.check(on_a_copy).words
+    assert "finite" in scaling.dead_start.check(torch.full((2, 5), torch.nan), ZERO_B, "b").words
     assert "as their product" in your_turn.add_adapters.check(lambda A1, B1, A2, B2: B1 @ A1 + B2 @ A2).words
     assert "add them up" in mlp.layer_parameters.check(lambda i, o: (i * o, o)).words
     assert "without brackets" in scaling.break_even.check([440]).words
@@ -157,6 +178,12 @@ def test_no_two_mistakes_look_alike(e, monkeypatch):
         for n, (name, value) in enumerate(values):
             for other, another in values[n + 1 :]:
                 assert not same(value, another), (name, other)
+
+
+def test_the_score_shown_is_0_where_nothing_is_right():
+    nothing = Evaluation(torch.ones(10, 10, dtype=torch.int64).fill_diagonal_(0), torch.zeros(0, dtype=torch.int64))
+    (score,) = solved(your_turn.score)
+    assert score(nothing, 9) == your_turn.fair_score(nothing, 9) == 0
 
 
 def test_an_interrupt_is_not_swallowed():
@@ -215,6 +242,7 @@ RIGHT_1 = many(
     (mlp.layer_parameters, lambda i, o: torch.tensor((i + 1) * o), None),
     (mlp.all_but, lambda labels, digit: (labels != digit).nonzero().flatten(), None),
     (mlp.all_but, lambda labels, digit: torch.tensor([int(label) != digit for label in labels]), None),
+    (mlp.all_but, lambda labels, digit: labels.sub_(digit) != 0, None),
     (mlp.wrong_per_digit, lambda c: c.clone().fill_diagonal_(0).sum(dim=1), None),
     (mlp.wrong_per_digit, lambda c: [int(c[d].sum() - c[d, d]) for d in range(10)], None),
     (mlp.keep_copies, lambda net: copy.deepcopy(net.state_dict()), None),
@@ -251,7 +279,7 @@ WRONG_1 = many(
     (mlp.keep_copies, lambda net: {n: p.clone() for n, p in net.named_parameters()}, "still part of the graph"),
     (mlp.keep_copies, lambda net: {"linear1.bias": net.linear1.bias}, None),
     (mlp.accuracy, measured("train"), "tested on the training set"),
-    (mlp.accuracy, measured("test", dim=0), "the best of the images, not of the scores"),
+    (mlp.accuracy, measured("test", dim=0), "the best of the images, not of the logits"),
     (mlp.accuracy, measured("test", dim=None), "one answer for all images"),
     (mlp.accuracy, answers_to_other_labels, "images and labels of different sets"),
     (mlp.accuracy, measured("test", wrong=True), "wrong answers instead of right ones"),
@@ -281,6 +309,7 @@ WRONG_2 = many(
     (scaling.lora_parameters, lambda i, o, r: i + o, "rank forgotten"),
     (scaling.lora_parameters, lambda i, o, r: r * r * (i + o), "rank squared"),
     (scaling.lora_parameters, lambda i, o, r: r * (i + o) + o, "a bias counted"),
+    (scaling.lora_parameters, lambda i, o, r: r * i + o, "brackets forgotten"),
     (scaling.lora_parameters, lambda i, o, r: r + i + o, "rank added, not multiplied"),
     (scaling.lora_parameters, lambda i, o, r: r * i * r * o, "the two sizes multiplied"),
     (scaling.lora_parameters, lambda i, o, r: (r * i, r * o), None),
@@ -288,6 +317,8 @@ WRONG_2 = many(
     (scaling.break_even, 392, "half of one side"),
     (scaling.break_even, 784, "the full rank"),
     (scaling.break_even, 439, "one too low"),
+    (scaling.break_even, 441, "one too high"),
+    (scaling.break_even, 667, "linear2 instead"),
     (scaling.break_even, 784 * 1000 / 1784, "not a whole rank"),
     (scaling.break_even, 439.46, "not a whole rank"),
     (scaling.break_even, 446, "half the mean side"),
@@ -302,10 +333,14 @@ WRONG_2 = many(
     (scaling.update, lambda A, B, alpha, r: alpha / r * (B * A), "entry by entry"),
     (scaling.update, lambda A, B, alpha, r: alpha / r * (A @ B), "A and B swapped"),
     (scaling.update, lambda A, B, alpha, r: alpha / r * (A.T @ B.T), "transposed"),
+    (scaling.update, lambda A, B, alpha, r: (alpha / r * B) @ (alpha / r * A), "scaled twice"),
+    (scaling.update, lambda A, B, alpha, r: torch.zeros(1000, 784) + alpha / r * (B @ A), "W added"),
+    (scaling.update, lambda A, B, alpha, r: torch.zeros(1000, 784), "made from other tensors"),
     (scaling.update, lambda A, B, alpha, r: torch.zeros(4, 5), None),
     (scaling.dead_start, (RANDOM_A, ZERO_B, "b"), "only B is zero"),
     (scaling.dead_start, (ZERO_A, RANDOM_B, "b"), "only A is zero"),
     (scaling.dead_start, (RANDOM_A, RANDOM_B, "b"), "nothing is zero"),
+    (scaling.dead_start, (1e-30 * RANDOM_A, 1e-30 * RANDOM_B, "b"), "nothing is zero"),
     (scaling.dead_start, (ZERO_B, ZERO_A, "b"), "A and B swapped"),
     (scaling.dead_start, (torch.zeros(2, 6), ZERO_B, "b"), None),
     (scaling.dead_start, (ZERO_A, ZERO_B, "a"), "ΔW = 0 taken for the reason"),
@@ -313,6 +348,8 @@ WRONG_2 = many(
     (scaling.dead_start, (ZERO_A, ZERO_B, "d"), "the learning rate blamed"),
     (scaling.mixed_ranks, lambda ranks, alphas: {n: alphas["linear1"] / ranks[n] for n in ranks}, "one α for all layers"),
     (scaling.mixed_ranks, lambda ranks, alphas: {n: next(iter(alphas.values())) / ranks[n] for n in ranks}, "the first α for all layers"),
+    (scaling.mixed_ranks, lambda ranks, alphas: {n: max(alphas.values()) / ranks[n] for n in ranks}, "the last or largest α for all layers"),
+    (scaling.mixed_ranks, lambda ranks, alphas: {n: [*alphas.values()][-1] / ranks[n] for n in ranks}, "the last or largest α for all layers"),
     (scaling.mixed_ranks, lambda ranks, alphas: {n: alphas[n] / ranks["linear1"] for n in ranks}, "one rank for all layers"),
     (scaling.mixed_ranks, lambda r, a: {n: x / y for n, x, y in zip(r, a.values(), r.values())}, "matched by place, not by name"),
     (scaling.mixed_ranks, lambda ranks, alphas: {n: ranks[n] / alphas[n] for n in ranks}, "r/α for α/r"),
@@ -342,7 +379,13 @@ def freeze_then(keep):
 
 def unfreeze_by_name(net):
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_("lora" in name)
+        parameter.requires_grad_("lora_A" in name or "lora_B" in name)
+
+
+def freeze_known_names(net):
+    for name, parameter in net.named_parameters():
+        if "original" in name or "bias" in name:
+            parameter.requires_grad_(False)
 
 
 def freeze_by_set(net):
@@ -381,7 +424,20 @@ def merge_by_hand(change):
 def merge_into_new_layer(layer):
     lora = layer.parametrizations.weight[0]
     new = nn.Linear(layer.in_features, layer.out_features)
+    new.bias = layer.bias
     new.weight = nn.Parameter((layer.parametrizations.weight.original + lora.delta).detach())
+    return new
+
+
+def merge_with_another_bias(layer):
+    new = merge_into_new_layer(layer)
+    new.bias = nn.Parameter(torch.randn(4))
+    return new
+
+
+def merge_without_bias(layer):
+    new = merge_into_new_layer(layer)
+    nn.init.zeros_(new.bias)
     return new
 
 
@@ -449,6 +505,7 @@ WRONG_3 = many(
     (mechanics.freeze, freeze_wrong_half, "the wrong half frozen"),
     (mechanics.freeze, unfreeze_by_name, "found by the text lora"),
     (mechanics.freeze, freeze_weights_only, "biases not frozen"),
+    (mechanics.freeze, freeze_known_names, "a parameter overlooked"),
     (mechanics.order, [O, A, F_, T], "optimiser made too early"),
     (mechanics.order, [F_, O, A, T], "optimiser made too early"),
     (mechanics.order, [A, O, T, F_], "base not frozen"),
@@ -460,6 +517,8 @@ WRONG_3 = many(
     (mechanics.merge, merge_by_hand(lambda W, lora: lora.delta), "the update alone"),
     (mechanics.merge, merge_by_hand(lambda W, lora: W + lora.alpha * lora.rank * lora.lora_B @ lora.lora_A), "α·r for α/r"),
     (mechanics.merge, merge_by_hand(lambda W, lora: W + lora.alpha * lora.lora_B @ lora.lora_A), "α for α/r"),
+    (mechanics.merge, merge_with_another_bias, "the bias was lost"),
+    (mechanics.merge, merge_without_bias, "the bias was lost"),
     (mechanics.merge, merge_but_keep, "added twice"),
     (mechanics.merge, merge_into_original_twice, "added twice"),
     (mechanics.merge, lambda layer: None, "still parametrized"),
@@ -518,6 +577,19 @@ def taught(add=True, freeze=True, digit=lambda mnist: only_digit(mnist.train, 9)
     return teach
 
 
+def nothing_left_to_train(net, mnist):
+    add_lora(net).requires_grad_(False)
+    train(net, only_digit(mnist.train, 9), max_batches=3, progress=False)
+
+
+def frozen_before_lora(net, mnist):
+    add_lora(freeze_base(net))
+
+
+def on_a_copy(net, mnist):
+    return taught()(copy.deepcopy(net), mnist)
+
+
 def by_hand(net, mnist):
     freeze_base(add_lora(net, rank=2))
     images, labels = mnist.train.tensors
@@ -554,6 +626,10 @@ WRONG_4 = many(
                                                 for n, c in copies.items()), "the computed weight compared"),
     (digit_9.recall_and_precision, lambda c, d: (c[d, d] / c[:, d].sum(), c[d, d] / c[d].sum()), "recall and precision swapped"),
     (digit_9.recall_and_precision, lambda c, d: (c[d, d] / c[d].sum(), c[d, d] / c[d].sum()), "recall twice"),
+    (digit_9.recall_and_precision, lambda c, d: (c[d, d] / c[:, d].sum(), c[d, d] / c[:, d].sum()), "precision twice"),
+    (digit_9.recall_and_precision, lambda c, d: (c[d, d] / (c[d].sum() - c[d, d]), c[d, d] / (c[:, d].sum() - c[d, d])),
+     "divided by the wrong answers"),
+    (digit_9.recall_and_precision, lambda c, d: (round(float(c[d, d] / c[d].sum()), 2), round(float(c[d, d] / c[:, d].sum()), 2)), "rounded"),
     (digit_9.recall_and_precision, lambda c, d: (1 - c[d, d] / c[d].sum(), 1 - c[d, d] / c[:, d].sum()), "shares of wrong answers"),
     (digit_9.recall_and_precision, lambda c, d: (100 * c[d, d] / c[d].sum(), 100 * c[d, d] / c[:, d].sum()), "percent, not shares"),
     (digit_9.recall_and_precision, lambda c, d: (c[d, d] / c.sum(), c[d, d] / c.sum()), "shares of all images"),
@@ -575,10 +651,15 @@ WRONG_4 = many(
     (digit_9.adam_memory, 2 * 2_813_804, "frozen parameters counted"),
     (digit_9.adam_memory, 5_614_020, "full fine-tuning"),
     (digit_9.adam_memory, 20_382, "the gradient counted too"),
+    (digit_9.adam_memory, 54_352, "bytes, not numbers"),
     (digit_9.experiment, taught(add=False), "no LoRA"),
     (digit_9.experiment, taught(digit=lambda mnist: mnist.train), "trained on other digits"),
     (digit_9.experiment, taught(freeze=False), "base not frozen"),
     (digit_9.experiment, taught(steps=0), "nothing was trained"),
+    (digit_9.experiment, nothing_left_to_train, "A and B frozen too"),
+    (digit_9.experiment, frozen_before_lora, "LoRA added too late, or never"),
+    (digit_9.experiment, taught(digit=lambda mnist: only_digit(mnist.test, 9)), "trained on the test set"),
+    (digit_9.experiment, taught(digit=lambda mnist: mnist.test), "trained on the test set"),
     (digit_9.experiment, taught(part="train"), "tested on the training set"),
     (digit_9.experiment, taught(off=True), "tested with LoRA off, or too early"),
     (digit_9.experiment, taught(early=True), "tested with LoRA off, or too early"),
@@ -609,6 +690,7 @@ WRONG_5 = many(
     (your_turn.largest_rank, lambda budget: budget / 6794, "not a whole rank"),
     (your_turn.largest_rank, lambda budget: (budget - 2_807_010) // 6794, "the base counted"),
     (your_turn.largest_rank, lambda budget: budget // 1784, "only one layer counted"),
+    (your_turn.largest_rank, lambda budget: 7, None),
     (your_turn.score, lambda r, d: r.recall[d], "only the taught digit"),
     (your_turn.score, others, "only what was kept"),
     (your_turn.score, lambda r, d: min(r.recall[d], others(r, d)), "the smaller of the two"),
@@ -616,6 +698,9 @@ WRONG_5 = many(
     (your_turn.score, lambda r, d: (r.recall[d] * others(r, d)).sqrt(), "the geometric mean"),
     (your_turn.score, lambda r, d: harmonic(r.recall[d], others(r, d)) / 2, "the 2 forgotten"),
     (your_turn.score, lambda r, d: 2 * r.recall[d] * others(r, d) / r.recall[d] + others(r, d), "brackets forgotten"),
+    (your_turn.score, lambda r, d: harmonic(r.recall[d], 0.9 * others(r, d)), "divided by ten, not nine"),
+    (your_turn.score, lambda r, d: 100 * harmonic(r.recall[d], others(r, d)), "percent, not a share"),
+    (your_turn.score, lambda r, d: round(float(harmonic(r.recall[d], others(r, d))), 3), "rounded"),
     (your_turn.score, lambda r, d: harmonic(r.recall[d], 9 * others(r, d)), "a sum for the mean of nine"),
     (your_turn.score, lambda r, d: harmonic(r.recall[d], r.precision[d]), "the others left out"),
     (your_turn.score, lambda r, d: r.accuracy, "accuracy"),
@@ -639,6 +724,7 @@ WRONG_5 = many(
     (your_turn.adapter_bytes, lambda rank: 4 * 6794 * rank / 1024, "kilobytes"),
     (your_turn.adapter_bytes, lambda rank: 8 * 6794 * rank, "double precision"),
     (your_turn.adapter_bytes, lambda rank: 4 * 6794, "rank forgotten"),
+    (your_turn.adapter_bytes, lambda rank: 4 * 6794 * rank * rank, "rank squared"),
     (your_turn.adapter_bytes, lambda rank: 2 * 6794 * rank, "half precision"),
 )
 

@@ -14,17 +14,17 @@ from lora_helpers.training import Evaluation, evaluate
 
 @exercise(
     hints=(
-        "Go through `net.named_parameters()`, skip A and B, and compare each with its copy.",
-        "The copy's name has no `parametrizations.weight.original` in it, but `weight`.",
+        "Go through the copies, and compare each with the parameter of `net` that it is a copy of.",
+        "What was `linear1.weight` is now `linear1.parametrizations.weight.original`; a bias has kept its name.",
         "Equal to the bit: `torch.equal`. And return True only after the *last* comparison.",
     ),
     solution="""
         def unchanged(net, copies):
-            base = {name: p for name, p in net.named_parameters() if "lora_" not in name}
-            return all(torch.equal(p, copies[name.replace("parametrizations.weight.original", "weight")])
-                       for name, p in base.items())
+            now = dict(net.named_parameters())
+            return all(torch.equal(now[name.replace("weight", "parametrizations.weight.original")], copied)
+                       for name, copied in copies.items())
     """,
-    reason="Every base parameter, biases too, compared bit for bit; `all` says True only if each one agrees.",
+    reason="Every copy, those of the biases too, compared bit for bit; `all` says True only if each one agrees.",
 )
 def unchanged(proof):
     """Is every base parameter what it was?"""
@@ -97,6 +97,11 @@ def recall_and_precision(shares):
                 "Rows are what the images *are*, columns what they are *called*. Recall goes with the row.",
             ),
             "recall twice": ([right / row, right / row], "Your second number is recall again. Precision asks about the column."),
+            "precision twice": ([right / column, right / column], "Your first number is precision too. Recall asks about the row."),
+            "divided by the wrong answers": (
+                [right / (row - right), right / (column - right)],
+                "You divide by what is *wrong* in the row and in the column; divide by all that is in it.",
+            ),
             "shares of wrong answers": ([1 - right / row, 1 - right / column], "Those are the shares that are wrong."),
             "counts, not shares": ([right, right], "That is how many are right; divide by the sum of the row, and by that of the column."),
             "whole division": ([0, 0], "`//` throws the fraction away. Divide with `/`."),
@@ -172,6 +177,7 @@ def adam_memory(kept):
             "frozen parameters counted": (2 * 2_813_804, "Adam keeps nothing for what it does not train: the base is frozen."),
             "the whole network": (2_813_804, "Those are all parameters; Adam keeps numbers only for the trained ones."),
             "full fine-tuning": (2 * 2_807_010, "That is what *full* fine-tuning needs."),
+            "bytes, not numbers": (4 * 13_588, "That is how many bytes they take; asked is how many numbers."),
             "the gradient counted too": (3 * 6_794, "The gradient is needed as well, but it is not part of Adam's memory."),
         },
         "Count the trained parameters first; the cell after freezing printed them.",
@@ -195,20 +201,28 @@ def adam_memory(kept):
 )
 def experiment(teach):
     """Repair the experiment: only A and B learn, only from nines, tested on unseen images."""
-    net = RichBoyNet(16, 12)
-    nn.init.normal_(net.linear1.weight)  # large enough for the poison to overflow
+    net = _loud_net()
     base = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     labels = torch.arange(60) % 10
     images = torch.randn(60, 1, 28, 28)
-    poison = torch.finfo(images.dtype).max  # any other digit ruins what trains on it
-    poisoned = torch.where((labels == 9).reshape(-1, 1, 1, 1), images, poison)
+    poison = torch.finfo(images.dtype).max  # an image of it ruins what trains on it
+    lesson = TensorDataset(torch.where((labels == 9).reshape(-1, 1, 1, 1), images, poison), labels)
     test = TensorDataset(torch.randn(40, 1, 28, 28), torch.arange(40) % 10)
     before = evaluate(net, test)
-    given = call(teach, net, Mnist(TensorDataset(poisoned, labels), test, "sample"))
+    try:
+        given = call(teach, net, Mnist(lesson, test, "sample"))
+    except LearnerError as error:
+        if "every parameter is frozen" in str(error.error):
+            raise Wrong("A and B frozen too", "`train` found nothing that it may change. `freeze_base`, after `add_lora`, leaves A and B free.") from None
+        if "has no LoRA" in str(error.error):
+            raise Wrong("LoRA added too late, or never", "A and B were looked for before any were there: `add_lora` comes first.") from None
+        raise
     if not isinstance(given, Evaluation):
         raise Uncheckable(f"Return what `evaluate` gives; this is {kind_of(given)}.")
     parameters = dict(net.named_parameters())
-    if not any("lora_" in name for name in parameters):
+    if not lora_layers(net) and all(name in parameters and torch.equal(parameters[name], value) for name, value in base.items()):
+        raise Uncheckable("`net` is as it was before: your function worked on a copy, or did nothing. Add LoRA to `net` itself, and train that.")
+    if not lora_layers(net):
         raise Wrong("no LoRA", "After your function the network has no A and B: add LoRA, and leave it there.")
     if not all(parameter.isfinite().all() for parameter in parameters.values()):
         raise Wrong(
@@ -227,7 +241,18 @@ def experiment(teach):
         raise Wrong(None, f"The test has {len(test)} images; yours was made on {len(given.predictions)}.")
     if same(given.confusion, before.confusion) and not same(evaluate(net, test).confusion, before.confusion):
         raise Wrong("tested with LoRA off, or too early", "Your figures are the base's: test after training, with LoRA on.")
+    again = _loud_net()
+    call(teach, again, Mnist(lesson, TensorDataset(torch.full_like(test.tensors[0], poison), test.tensors[1]), "sample"))
+    if not all(parameter.isfinite().all() for parameter in again.parameters()):
+        raise Wrong("trained on the test set", "The check had spoiled the test images, and it shows in your weights: train on `mnist.train`.")
     return "Only A and B learned, only from nines, and the figures come from unseen images."
+
+
+def _loud_net() -> RichBoyNet:
+    """A small network with weights so large that a poisoned image overflows in it."""
+    net = RichBoyNet(16, 12)
+    nn.init.normal_(net.linear1.weight)
+    return net
 
 
 def quiz() -> Quiz:
@@ -244,10 +269,10 @@ def quiz() -> Quiz:
         ),
         Question(
             "The training images were all nines. Why did the fours suffer, and hardly the zeros?",
-            "A four lies nearest to the nine's side of the line",
+            "What raises the logit of 9 is found in fours too",
             {
                 "The fours were trained on too": "Only nines were.",
-                "A four lies nearest to the nine's side of the line": "Answering 9 more readily was never punished; what looks like a 9 crosses first.",
+                "What raises the logit of 9 is found in fours too": "So they lost most of their lead over it, and nothing in the training asked to keep it.",
                 "There are more fours": "There are as many of each digit in the sample.",
             },
         ),

@@ -182,6 +182,8 @@ def compare(given, truth, misconceptions: dict[str, tuple[object, str]], otherwi
     for name, (value, words) in misconceptions.items():
         if same(given, value):
             raise Wrong(name, words)
+    if any(same(given, numbers(truth).round(decimals=places)) for places in (2, 3)):
+        raise Wrong("rounded", "Right but for the rounding: return the number itself, and round only what you print.")
     flat, wanted = numbers(given).flatten(), numbers(truth).flatten()
     if same(flat, wanted):
         raise Wrong(None, f"The right numbers, but in the shape {tuple(numbers(given).shape)}; asked is {_shape(truth)}.")
@@ -242,6 +244,10 @@ _LOOK = {
     "must be tuple of Tensors": "`torch.cat` takes the tensors in one list: `torch.cat([a, b], dim=…)`.",
     "method' object": "Are the brackets of a call missing, as in `net.modules()` and `p.detach()`?",
     "in-place operation": "Change a parameter inside `with torch.no_grad():`, or make a new tensor with `+`.",
+    "weight' already exists": "A parametrized weight is computed and takes no assignment: remove the parametrization first.",
+    "right_inverse": "A parametrized weight is computed and takes no assignment: remove the parametrization first.",
+    "as parameter": "In place of a parameter goes another `nn.Parameter`; or change its numbers inside `with torch.no_grad():`.",
+    "context manager protocol": "What follows `with` must be called: are its brackets missing, as in `with torch.no_grad():`?",
     "to unpack": "Do you take more names than each item holds? Print one item.",
 }
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, kind_of, need_tensor, run
@@ -82,13 +83,14 @@ def forward(function):
 
 
 class _TrapNet(nn.Module):
-    # `flora` bears the text "lora" and is a base layer all the same.
+    # `lora_A_head` bears LoRA's name and is a base layer all the same; `gain` is neither a weight nor a bias.
     def __init__(self):
         super().__init__()
-        self.linear1, self.flora = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.linear1, self.lora_A_head = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.gain = nn.Parameter(torch.ones(3))
 
     def forward(self, x):
-        return self.flora(self.linear1(x))
+        return self.gain * self.lora_A_head(self.linear1(x))
 
 
 @exercise(
@@ -111,7 +113,7 @@ def freeze(function):
     net = _TrapNet()
     # A class of the learner's own may stand in the notebook under the same name; then it is the one they look for.
     kind = getattr(function, "__globals__", {}).get("LoRAParametrization", LoRAParametrization)
-    for layer in (net.linear1, net.flora):
+    for layer in (net.linear1, net.lora_A_head):
         parametrize.register_parametrization(layer, "weight", kind(layer.in_features, layer.out_features))
     adapters = {id(p) for module in net.modules() if isinstance(module, kind) for p in module.parameters()}
     base = {name: p for name, p in net.named_parameters() if id(p) not in adapters}
@@ -134,14 +136,18 @@ def freeze(function):
             "Every base parameter still asks for gradients: what in your function freezes them? (`net.requires_grad = False`, without "
             "the underscore at its end, only sets an attribute that nobody reads.)",
         )
-    if loose == ["flora.bias"]:
+    if loose and all(name.startswith("lora_A_head.") for name in loose):
         raise Wrong(
             "found by the text lora",
-            "The test network has a base layer named `flora`, and its bias is still trainable: look for the class, not for a text in the name.",
+            f"The test network has a base layer named `lora_A_head`, which is still trainable ({', '.join(loose)}): look for the class, "
+            "not for a text in the name.",
         )
-    if loose and all(name.startswith("flora.") for name in loose):
-        raise Wrong("found by the text lora", f"The base layer `flora` is still trainable ({', '.join(loose)}): look for the class.")
-    if loose and all(name.endswith("bias") for name in loose):
+    if loose == ["gain"]:
+        raise Wrong(
+            "a parameter overlooked",
+            "The test network has a parameter `gain`, neither weight nor bias, and it is still trainable. First freeze all, with one call on `net`.",
+        )
+    if loose and all(name == "gain" or name.endswith("bias") for name in loose):
         raise Wrong("biases not frozen", f"{' and '.join(loose)} would still move, and with them the base.")
     if loose or held:
         raise Wrong(None, f"Still trainable in the base: {', '.join(loose) or 'none'}; frozen in LoRA: {', '.join(held) or 'none'}.")
@@ -173,8 +179,10 @@ def order(steps):
         if step == "add LoRA":
             parametrize.register_parametrization(layer, "weight", LoRAParametrization(5, 4))
         elif step == "freeze the base":
-            for name, parameter in layer.named_parameters():
-                parameter.requires_grad_("lora_" in name)
+            layer.requires_grad_(False)
+            for module in layer.modules():
+                if isinstance(module, LoRAParametrization):
+                    module.requires_grad_(True)
         elif step == "make the optimiser":
             optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
         elif optimizer is None:
@@ -219,6 +227,7 @@ def merge(function):
     for enabled in (True, False):
         layer, weight, adapter = _adapted_layer()
         product, scale = (adapter.lora_B @ adapter.lora_A).detach(), adapter.alpha / adapter.rank
+        x, bias = torch.randn(3, 5), layer.bias.detach().clone()
         adapter.enabled = enabled
         result = run(function, layer)
         layer = result if isinstance(result, nn.Linear) else layer
@@ -252,6 +261,8 @@ def merge(function):
             },
             "The merged weight should be W + (α/r)·BA.",
         )  # fmt: skip
+        if not torch.allclose(layer(x), F.linear(x, weight + scale * product, bias), atol=1e-4):
+            raise Wrong("the bias was lost", "The weight is right, but the outputs are not those of the adapted layer: its bias belongs to it.")
     return "One ordinary weight, equal to W + (α/r)·BA, also where LoRA had been switched off."
 
 
@@ -275,9 +286,11 @@ def compute_once(function):
     calls = []
     adapter.register_forward_hook(lambda *_: calls.append(1))
     given = call(function, layer, batches)
-    if not isinstance(given, (list, tuple, torch.Tensor)) or len(given) != len(batches):
-        found = f"yours has {len(given)}" if isinstance(given, (list, tuple, torch.Tensor)) else f"this is {kind_of(given)}"
-        raise Uncheckable(f"A list of {len(batches)} outputs is asked for, one for each batch; {found}. (A `return` inside a loop ends it.)")
+    asked = f"A list of {len(batches)} outputs is asked for, one for each batch"
+    if not isinstance(given, (list, tuple, torch.Tensor)):
+        raise Uncheckable(f"{asked}; this is {kind_of(given)}. Square brackets make a list.")
+    if len(given) != len(batches):
+        raise Uncheckable(f"{asked}; yours has {len(given)}. (A `return` inside a loop ends it.)")
     for output, truth in zip(given, expected):
         if not torch.allclose(need_tensor(output, "Each output").detach(), truth, atol=1e-5):
             raise Wrong(None, "An output differs from `layer(batch)`: is the bias in it?")

@@ -64,7 +64,7 @@ def all_but(mask):
     """Which images stay when one digit is left out?"""
     for values, digit in (((9, 1, 9, 4, 0), 9), ((4, 4, 2, 9, 7, 2), 4)):
         labels = torch.tensor(values)
-        given = call(mask, labels, digit)
+        given = call(mask, labels.clone(), digit)
         numbers(given)  # says in words what holds no numbers
         chosen = torch.as_tensor(given)
         if chosen.dtype == torch.bool and chosen.shape != labels.shape:
@@ -176,7 +176,7 @@ def keep_copies(keep):
 @exercise(
     hints=(
         "Two lines are wrong. First: which images may an honest test look at?",
-        "The network gives one row of ten scores for each image; along which dimension is the best of the ten?",
+        "The network gives one row of ten logits for each image; along which dimension is the largest of the ten?",
     ),
     solution="""
         def accuracy(net, mnist):
@@ -184,7 +184,7 @@ def keep_copies(keep):
             answers = net(images).argmax(dim=1)
             return (answers == labels).float().mean()
     """,
-    reason="Only images that training never saw tell how well it reads new ones, and each row of scores has its own best one.",
+    reason="Only images that training never saw tell how well it reads new ones, and each row of logits has its own largest one.",
 )
 def accuracy(measure):
     """The share of unseen images that are answered rightly."""
@@ -201,8 +201,8 @@ def accuracy(measure):
     except LearnerError as error:
         if "must match the size" in str(error.error) and "(10)" in str(error.error):
             raise Wrong(
-                "the best of the images, not of the scores",
-                "`argmax(dim=0)` picks the best *image* for each digit. Each image has a row of ten scores: which dimension runs along it?",
+                "the best of the images, not of the logits",
+                "`argmax(dim=0)` picks the best *image* for each digit. Each image has a row of ten logits: which dimension runs along it?",
             ) from None
         if "must match the size" in str(error.error):
             raise Wrong(

@@ -35,6 +35,7 @@ def lora_parameters(count):
                 "rank squared": (r * r * (n_in + n_out), "Only one side of each matrix is r."),
                 "rank added, not multiplied": (r + n_in + n_out, "A has r rows of in_features numbers: its sides multiply. So do B's."),
                 "the two sizes multiplied": (r * n_in * r * n_out, "A and B stand side by side: add their numbers."),
+                "brackets forgotten": (r * n_in + n_out, "`rank * in + out` multiplies the first alone: put `(in + out)` in brackets."),
                 "a bias counted": (
                     r * (n_in + n_out) + n_out, "LoRA here adapts the weight alone; A and B have no bias."
                 ),
@@ -60,6 +61,8 @@ def break_even(rank):
         {
             "the full rank": (784, "784 is the highest rank that ΔW can have. Long before it, A and B together outgrow the weight."),
             "one too low": (439, "At 439 the adapter is still a little smaller than the weight; the first that does *not* pay is asked for."),
+            "one too high": (441, "At the rank just below yours the adapter is larger than the weight already; the *first* such rank is asked for."),
+            "linear2 instead": (667, "That is the answer for `linear2` (1000 → 2000); asked is `linear1` (784 → 1000)."),
             "not a whole rank": (784_000 / 1784, "There is no rank between two whole numbers."),
             "half of one side": (392, "Half a side is the answer for a square weight. Compare the two sizes as they are."),
             "half the mean side": (892 / 2, "Nearly: the break-even rank is in·out/(in + out), which is half the mean only for a square."),
@@ -91,6 +94,8 @@ def update(delta):
             raise Wrong(
                 "A and B swapped", "The inner sides must meet: A is r × in and B is out × r, so only one order gives out × in."
             ) from None
+        if "must match the size" in str(error.error) and "(784)" in str(error.error):
+            raise Wrong("W added", "That `W` is one of a cell above, and of another size. Asked is the update alone, from A and B.") from None
         if "must match the size" in str(error.error):
             raise Wrong("entry by entry", "`*` multiplies two tensors entry by entry; the matrix product is `@`.") from None
         raise
@@ -100,6 +105,11 @@ def update(delta):
 def _judge_update(given, product: torch.Tensor, alpha: float, rank: int) -> str:
     if tuple(need_tensor(given, "ΔW").shape) == tuple(product.T.shape) != tuple(product.shape):
         raise Wrong("transposed", "A weight is (out_features, in_features); yours is the other way round.")
+    if given.shape != product.shape:
+        raise Wrong(
+            "made from other tensors", f"From the A and B given here ΔW is {tuple(product.shape)}; yours is {tuple(given.shape)}. "
+            "Use what the function is given, not what a cell above made."
+        )  # fmt: skip
     compare(
         given,
         (alpha / rank) * product,
@@ -110,6 +120,7 @@ def _judge_update(given, product: torch.Tensor, alpha: float, rank: int) -> str:
             "α for α/r": (alpha * product, "The scale is α instead of α/r: a real library shipped this, and its adapters were unusable."),
             "1/r for α/r": (product / rank, "You divide by r but leave α out."),
             "α//r for α/r": (alpha // rank * product, "`//` throws the fraction away: 7 // 2 is 3. Divide with `/`."),
+            "scaled twice": ((alpha / rank) ** 2 * product, "The scale is in it twice: multiply the product BA by it, not A and B each."),
             "α/√r for α/r": (alpha / math.sqrt(rank) * product, "That is rsLoRA's scale; asked is the original paper's."),
         },
         f"For α = {alpha} and r = {rank}, compare with (α/r)·BA worked out by hand.",
@@ -142,6 +153,8 @@ def dead_start(A, B, why):
     if A.shape != (2, 5) or B.shape != (4, 2):
         swapped = A.shape == (4, 2) and B.shape == (2, 5)
         raise Wrong("A and B swapped" if swapped else None, f"A should be (2, 5) and B (4, 2); yours are {tuple(A.shape)} and {tuple(B.shape)}.")
+    if not (A.isfinite().all() and B.isfinite().all()):
+        raise Uncheckable("A and B should hold finite numbers; in yours there is a `nan` or an `inf`.")
     start = [A.clone(), B.clone()]
     A.requires_grad_(), B.requires_grad_()
     optimizer = torch.optim.Adam([A, B], lr=0.1)
@@ -157,7 +170,7 @@ def dead_start(A, B, why):
             raise Wrong("only B is zero", "That is LoRA's own start: B moved in the first step, A from the second. It learns.")
         if start[1].any() and not start[0].any():
             raise Wrong("only A is zero", "The mirror image of LoRA's start: A moved in the first step, B from the second. It learns.")
-        raise Wrong("nothing is zero", "Twenty steps moved it, and ΔW was not even zero at the start.")
+        raise Wrong("nothing is zero", "Neither A nor B is zero all over, and twenty steps moved them.")
     if not isinstance(why, str) or why.strip(" '\"().:").lower() not in _WHY:
         raise Uncheckable(f"The start is dead, as asked. Now `why` should be one letter in quotes: {', '.join(_WHY)}.")
     why = why.strip(" '\"().:").lower()
@@ -185,7 +198,7 @@ def dead_start(A, B, why):
 def mixed_ranks(scales):
     """The scale of each layer, where layers differ in rank and in α."""
     ranks = {"linear1": 4, "linear2": 16, "linear3": 2}
-    alphas = {"linear3": 5, "linear2": 8, "linear1": 12}  # in another order, on purpose
+    alphas = {"linear3": 5, "linear1": 8, "linear2": 12}  # in another order, on purpose; linear1 has no extreme α and no extreme place
     given = call(scales, dict(ranks), dict(alphas))
     if not isinstance(given, dict) or set(given) != set(ranks):
         found = f"yours has {', '.join(map(str, given)) or 'none'}" if isinstance(given, dict) else f"this is {kind_of(given)}"
@@ -195,7 +208,8 @@ def mixed_ranks(scales):
         as_list,
         [alphas[layer] / rank for layer, rank in ranks.items()],
         {
-            "one α for all layers": ([12 / r for r in ranks.values()], "Your α is that of linear1 everywhere."),
+            "one α for all layers": ([8 / r for r in ranks.values()], "Your α is that of linear1 everywhere."),
+            "the last or largest α for all layers": ([12 / r for r in ranks.values()], "You divide 12 by each rank, but each layer has its own α."),
             "the first α for all layers": (
                 [5 / r for r in ranks.values()],
                 "You take the first α that comes, so the result depends on the order of the keys: a real library had this bug.",
@@ -244,7 +258,7 @@ def quiz() -> Quiz:
             },
         ),
         Question(
-            "α stays 1 and r grows, trained with Adam on our network. What does the norm of ΔW do?",
+            "α stays 1 and r grows; A starts from N(0, 1), and Adam trains our network. What does ‖ΔW‖ do?",
             "It falls, about like 1/√r",
             {
                 "It stays the same": "The usual sentence, and false here: see the table.",

@@ -33,7 +33,7 @@ def fair_score(result: Evaluation, digit: int) -> float:
 )
 def largest_rank(rank_for):
     """The largest rank on all three layers that a budget of trained parameters allows."""
-    for budget in (50_000, 13_588, 5_000):
+    for budget in (50_000, 20_382, 5_000):
         ranks = budget // PARAMETERS_PER_RANK
         compare(
             call(rank_for, budget),
@@ -59,7 +59,7 @@ def largest_rank(rank_for):
         def score(result, digit):
             taught = result.recall[digit]
             others = (result.recall.sum() - taught) / 9
-            return 2 * taught * others / (taught + others)
+            return 2 * taught * others / (taught + others) if taught + others else 0
     """,
     reason="The harmonic mean is near the smaller of the two, so neither the digit nor the other nine can be sacrificed.",
 )
@@ -93,6 +93,8 @@ def score(measure):
             "the 2 forgotten": ([a * b / (a + b) for a, b in both], "Two recalls of 1 would score one half: there is a 2 on top."),
             "brackets forgotten": ([3 * b for _, b in both], "`/ a + b` divides by a and then adds b: put `(a + b)` in brackets."),
             "a sum for the mean of nine": ([18 * a * b / (a + 9 * b) for a, b in both], "The others' nine recalls are added up; divide by 9."),
+            "divided by ten, not nine": ([1.8 * a * b / (a + 0.9 * b) for a, b in both], "The others are nine, so their mean is a ninth of their sum."),
+            "percent, not a share": ([200 * a * b / (a + b) for a, b in both], "Right in percent; a score from 0 to 1 is asked for."),
             "precision for recall": (
                 [result.precision[digit].item() for _, result, digit in cases], "That is the precision of the digit; the others are missing."
             ),
@@ -179,7 +181,7 @@ def add_adapters(combine):
 )
 def adapter_bytes(size):
     """How many bytes the numbers of a rank-r adapter take on disk, in float32."""
-    for rank in (8, 3):
+    for rank in (7, 3):  # at rank 8, r² would look like bits
         held = PARAMETERS_PER_RANK * rank
         compare(
             call(size, rank),
@@ -188,6 +190,7 @@ def adapter_bytes(size):
                 "numbers, not bytes": (held, "That is how many numbers; a float32 takes four bytes."),
                 "bits": (32 * held, "That is in bits; eight bits are a byte."),
                 "the whole network": (4 * (2_807_010 + held), "The base is not stored again for each adapter: that is the point."),
+                "rank squared": (4 * held * rank, "Each rank adds as many bytes as the one before: multiply by the rank once."),
                 "rank forgotten": (4 * PARAMETERS_PER_RANK, f"Right at rank 1; at rank {rank}?"),
                 "the base instead": (4 * 2_807_010, "That is the base. Count only A and B."),
                 "one layer of three": (4 * rank * 1_784, "That is `linear1` alone; linear2 and linear3 have A and B too."),
