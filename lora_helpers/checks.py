@@ -11,13 +11,16 @@ def check_whole(name: str, value: int, low: int = 1, high: int | None = None) ->
     """Raises ValueError unless `value` is an int (no bool) from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} is {value!r}; it must be a whole number {allowed}.")
+        # A NumPy or PyTorch scalar reads like an int, so the error says that it is none.
+        advice = f" It is of type {type(value).__name__}: write int(…)." if hasattr(value, "__index__") and not isinstance(value, int) else ""
+        raise ValueError(f"{name} is {value!r}; it must be a whole number {allowed}.{advice}")
 
 
 def check_positive(name: str, value: float) -> None:
     """Raises ValueError unless `value` is an int or a float (no bool), positive and finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{name} is {value!r}; it must be a positive, finite number.")
+        advice = f" It is of type {type(value).__name__}: write float(…)." if hasattr(value, "__float__") and not isinstance(value, (int, float)) else ""
+        raise ValueError(f"{name} is {value!r}; it must be a positive, finite number.{advice}")
 
 
 def check_bool(name: str, value: bool) -> None:

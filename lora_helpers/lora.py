@@ -1,5 +1,6 @@
 """LoRA as a parametrization: adding it, freezing the base, switching, merging, removing, counting."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,9 +30,12 @@ class LoRAParametrization(nn.Module):
         name: tells several adapters on one base apart.
         rank_stabilised: scales by alpha / √rank instead, as rsLoRA does.
 
+    A state dict holds A and B, but neither `alpha` nor the rest: the network that it is loaded into
+    must have been given the same. A file of `save_adapter` holds them all.
+
     Raises:
-        ValueError: a size, `rank` or `alpha` is not as above, or `dtype` is not floating-point or cannot hold the scale.
-        TypeError: `rank_stabilised` is not a bool.
+        ValueError: a size, `rank`, `alpha` or `name` is not as above, or `dtype` is not floating-point or cannot hold the scale.
+        TypeError: `rank_stabilised` is not a bool, or `generator` no `torch.Generator`.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685,
     section 4.1; rsLoRA, arXiv 2312.03732; torch.nn.utils.parametrize,
@@ -57,10 +61,14 @@ class LoRAParametrization(nn.Module):
         check_positive("alpha", alpha)
         _check_dtype(dtype)
         check_bool("rank_stabilised", rank_stabilised)
+        _check_name(name)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator is {generator!r}; it must be a torch.Generator, such as torch.Generator().manual_seed(0).")
         a = torch.randn(rank, in_features, dtype=dtype, generator=generator).to(device)
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
-        self.rank, self.alpha, self.rank_stabilised = rank, alpha, rank_stabilised
+        self.rank, self.rank_stabilised = rank, rank_stabilised
+        self.alpha = alpha if isinstance(alpha, int) else float(alpha)  # a NumPy float64 is a float too, and prints otherwise
         self.name = name
         self.enabled = self.active = True
         if not 0 < torch.tensor(self.scale, dtype=a.dtype) < math.inf:
@@ -102,10 +110,8 @@ class ParameterCount:
         return self.base + self.lora
 
     def __str__(self) -> str:
-        return (
-            f"{self.base:,} base + {self.lora:,} LoRA = {self.total:,} parameters, {self.trainable:,} trainable "
-            f"(LoRA adds {self.lora / self.base:.3%})"
-        )
+        share = f" (LoRA adds {self.lora / self.base:.3%})" if self.base else ""
+        return f"{self.base:,} base + {self.lora:,} LoRA = {self.total:,} parameters, {self.trainable:,} trainable{share}"
 
 
 def lora_layers(net: nn.Module) -> dict[str, list[LoRAParametrization]]:
@@ -148,6 +154,7 @@ def add_lora(
     """Registers a `LoRAParametrization` on the weight of each layer; biases stay as they are.
 
     On a network with adapters of other names the new one comes beside them and is the one in use.
+    An error or an interrupt leaves `net` as it was. A state dict does not carry `alpha`: see `LoRAParametrization`.
 
     Args:
         rank: from 1 to the smaller side of the largest adapted layer.
@@ -162,14 +169,14 @@ def add_lora(
 
     Raises:
         ValueError: bad `rank` or `alpha`, an unknown layer, a name that is taken, a layer with
-            another parametrization or a shared weight, or within `parametrize.cached()`.
-        TypeError: `net` is no network, or a named layer is no `Linear`. Nothing is changed then.
+            another parametrization, a computed or a shared weight, or within `parametrize.cached()`.
+        TypeError: `net` is no network, `layers` no list of names, a named layer no `Linear`, or
+            `generator` no `torch.Generator`. Nothing is changed then.
     """
     _refuse_in_cache()
     check_whole("rank", rank)
     check_positive("alpha", alpha)
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"name is {name!r}; it must be a text such as 'nine'.")
+    _check_name(name)
     if name in adapter_names(net):
         raise ValueError(
             f"The network already has an adapter named {name!r}. Call remove_lora(net) or merge_lora(net) first, "
@@ -190,14 +197,39 @@ def add_lora(
         )
         for layer in chosen.values()
     ]  # fmt: skip
-    for layer, adapter in zip(chosen.values(), adapters):  # all are made before the first is added: one that fails changes nothing
-        parametrize.register_parametrization(layer, "weight", adapter)
-    use_adapter(net, name)
+    with all_or_nothing(net):
+        for layer, adapter in zip(chosen.values(), adapters):
+            if parametrize.is_parametrized(layer):  # its bias, or by another adapter
+                _give_own_class(layer)
+            parametrize.register_parametrization(layer, "weight", adapter)
+        use_adapter(net, name)
     return net
 
 
+@contextmanager
+def all_or_nothing(net: nn.Module) -> Iterator[None]:
+    """An error or an interrupt within the block leaves `net` with the modules, parameters and flags that it had before.
+
+    What was written into a tensor in place is not undone.
+    """
+    modules = [
+        (module, type(module), {**vars(module), "_parameters": copy.copy(module._parameters), "_modules": copy.copy(module._modules)})
+        for module in net.modules()
+    ]
+    values = [(parameter, parameter.data) for parameter in net.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes in modules:
+            module.__class__ = kind
+            vars(module).update(attributes)
+        for parameter, data in values:
+            parameter.data = data
+        raise
+
+
 def adapter_names(net: nn.Module) -> list[str]:
-    """The names of the adapters on `net`, in the order in which they were added."""
+    """The names of the adapters on `net`: layer by layer, on each in the order in which they were added."""
     return list(dict.fromkeys(adapter.name for adapters in lora_layers(net).values() for adapter in adapters))
 
 
@@ -210,7 +242,7 @@ def use_adapter(net: nn.Module, name: str) -> None:
     adapters = _require_lora(net)
     if name not in adapter_names(net):
         raise ValueError(f"There is no adapter {name!r}; this network has: {', '.join(map(repr, adapter_names(net)))}.")
-    switch = all(adapter.enabled for adapter in adapters if adapter.active)
+    switch = all(adapter.enabled for adapter in adapters)
     for adapter in adapters:
         adapter.active = adapter.name == name
         adapter.enabled = switch
@@ -220,9 +252,11 @@ def freeze_base(net: nn.Module) -> nn.Module:
     """Leaves only A and B of the adapter in use trainable. They are found by their class, not by their name.
 
     Raises:
-        ValueError: `net` has no LoRA (freezing would leave nothing to train).
+        ValueError: `net` has no LoRA, or none in use (freezing would leave nothing to train).
     """
     trained = {id(p) for adapter in _require_lora(net) if adapter.active for p in adapter.parameters()}
+    if not trained:
+        raise ValueError(f"No adapter is in use; call use_adapter(net, name) with one of: {', '.join(map(repr, adapter_names(net)))}.")
     for parameter in net.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     return net
@@ -243,28 +277,30 @@ def set_lora_enabled(net: nn.Module, enabled: bool) -> None:
 def lora_disabled(net: nn.Module) -> Iterator[nn.Module]:
     """Within the `with` block LoRA is off; afterwards each adapter is as it was, also after an error.
 
+    An adapter that was added within the block is on afterwards if the others are.
+
     Raises:
         ValueError: `net` has no LoRA.
     """
-    adapters = _require_lora(net)
-    before = [adapter.enabled for adapter in adapters]
+    before = {adapter: adapter.enabled for adapter in _require_lora(net)}
     try:
         set_lora_enabled(net, False)
         yield net
     finally:
-        for adapter, enabled in zip(adapters, before):
-            adapter.enabled = enabled
+        for adapters in lora_layers(net).values():
+            for adapter in adapters:
+                adapter.enabled = before.get(adapter, all(before.values()))
 
 
 def merge_lora(net: nn.Module) -> nn.Module:
     """Writes W + ΔW into each weight and removes the parametrization: an ordinary network again.
 
     The old weights are overwritten; keep a copy, or call `remove_lora`, to have the base's bits back.
-    Which parameters are trainable stays as it was (after `freeze_base`: none).
+    Which parameters are trainable stays as it was (after `freeze_base`: none). An interrupt leaves `net` as it was.
 
     Raises:
         ValueError: `net` has no LoRA; LoRA is off or an adapter is not in use (merging would
-            discard it); or a weight carries another parametrization. Nothing is changed then.
+            discard it); a weight carries another parametrization, or would not be finite. Nothing is changed then.
     """
     adapters = _require_lora(net)
     if not all(adapter.enabled for adapter in adapters):
@@ -276,16 +312,28 @@ def merge_lora(net: nn.Module) -> nn.Module:
     if resting:
         raise ValueError(
             f"Not in use, so merging would discard: {', '.join(map(repr, resting))}. "
-            "Keep it with save_adapter, then discard it with remove_lora(net, name)."
+            "Of each, save_adapter(net, folder, name) if you want to keep it, then remove_lora(net, name); "
+            "what is left, use_adapter(net, name) puts in use."
         )
     _require_only_lora(net)
-    for name in lora_layers(net):
-        _unparametrize(net.get_submodule(name), leave_parametrized=True)
+    layers = {name: net.get_submodule(name) for name in lora_layers(net)}
+    for name, layer in layers.items():
+        if not layer.weight.isfinite().all():
+            raise ValueError(
+                f"Merged, the weight of {name} would hold values that are not finite numbers. "
+                "Discard the adapter with remove_lora(net) and train it again, with a smaller learning rate."
+            )
+    with all_or_nothing(net):
+        for layer in layers.values():
+            _unparametrize(layer, leave_parametrized=True)
     return net
 
 
 def remove_lora(net: nn.Module, name: str | None = None) -> nn.Module:
     """Discards the adapter `name`, by default all; without adapters each weight is its original again, to the bit.
+
+    If others remain and none of them is in use, the last of `adapter_names` is put in use.
+    An error or an interrupt leaves `net` as it was.
 
     Raises:
         ValueError: `net` has no LoRA or no adapter `name`, or a weight carries another parametrization.
@@ -295,12 +343,16 @@ def remove_lora(net: nn.Module, name: str | None = None) -> nn.Module:
     if name is not None and name not in adapter_names(net):
         raise ValueError(f"There is no adapter {name!r}; this network has: {', '.join(map(repr, adapter_names(net)))}.")
     _require_only_lora(net)
-    for layer_name, adapters in lora_layers(net).items():
-        layer = net.get_submodule(layer_name)
-        _unparametrize(layer, leave_parametrized=False)
-        for adapter in adapters:
-            if name is not None and adapter.name != name:
-                parametrize.register_parametrization(layer, "weight", adapter)
+    with all_or_nothing(net):
+        for layer_name, adapters in lora_layers(net).items():
+            layer = net.get_submodule(layer_name)
+            _unparametrize(layer, leave_parametrized=False)
+            for adapter in adapters:
+                if name is not None and adapter.name != name:
+                    parametrize.register_parametrization(layer, "weight", adapter)
+        rest = [adapter for adapters in lora_layers(net).values() for adapter in adapters]
+        if rest and not any(adapter.active for adapter in rest):
+            use_adapter(net, adapter_names(net)[-1])
     return net
 
 
@@ -323,8 +375,8 @@ def _unparametrize(layer: nn.Linear, leave_parametrized: bool) -> None:
 
 
 def _give_own_class(layer: nn.Module) -> None:
-    # A deepcopy shares its generated class with the original, and PyTorch removes `.weight` from
-    # that class: without this, removing LoRA from a copy would break the original.
+    # A deepcopy shares its generated class with the original, and PyTorch adds `.weight` to that class and
+    # removes it there: without this, LoRA on a copy, or its removal, would break the original.
     shared = type(layer)
     body = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
     layer.__class__ = type(shared.__name__, shared.__bases__, body)
@@ -353,17 +405,25 @@ def _refuse_in_cache() -> None:
 def _choose_layers(net: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Linear]:
     modules = dict(net.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    if isinstance(layers, str):
-        raise TypeError(f"layers is the text {layers!r}; it must be a list of names, such as [{layers!r}].")
-    names = linear if layers is None else list(dict.fromkeys(layers))
+    there = f"this network's Linear layers are: {', '.join(map(repr, linear)) or 'none'}."
+    names = linear if layers is None else layers
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise TypeError(f"layers is {names!r}; it must be a list of names; {there}")
+    names = list(names)
     if not names:
-        raise ValueError(f"No layer to adapt; this network's Linear layers are: {', '.join(linear) or 'none'}.")
+        raise ValueError(f"No layer to adapt; {there}")
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"layers holds {name!r}, which is no name; {there}")
         if name not in modules:
-            raise ValueError(f"There is no layer {name!r}; this network's Linear layers are: {', '.join(linear)}.")
+            same = dict(net.named_modules(remove_duplicate=False)).get(name)
+            for first, module in modules.items():
+                if module is same:
+                    raise ValueError(f"{name!r} is another name of the layer {first!r}; write {first!r}.")
+            raise ValueError(f"There is no layer {name!r}; {there}")
         layer = modules[name]
         if not isinstance(layer, nn.Linear):
-            raise TypeError(f"{name!r} is a {type(layer).__name__}; LoRA here adapts Linear layers: {', '.join(linear)}.")
+            raise TypeError(f"{name!r} is a {type(layer).__name__}; LoRA here adapts Linear layers; {there}")
         if parametrize.is_parametrized(layer, "weight"):
             foreign = sorted({type(p).__name__ for p in layer.parametrizations.weight if not isinstance(p, LoRAParametrization)})
             if foreign:
@@ -371,13 +431,28 @@ def _choose_layers(net: nn.Module, layers: Iterable[str] | None) -> dict[str, nn
                     f"The weight of {name!r} already carries {', '.join(foreign)}; remove that first "
                     "with torch.nn.utils.parametrize.remove_parametrizations."
                 )
-            continue
-        if is_lazy(layer.weight):
+            weight = layer.parametrizations.weight.original
+        elif layer._parameters.get("weight") is None:
+            raise ValueError(
+                f"The weight of {name!r} is no parameter, but computed from others or set by hand; if weight_norm, spectral_norm "
+                "or a pruning of torch.nn.utils does it, take that off first (remove_weight_norm, remove_spectral_norm, prune.remove)."
+            )
+        else:
+            weight = layer.weight
+        if is_lazy(weight):
             raise ValueError(f"The weight of {name!r} has no shape yet; run the network once on a batch first.")
-        owners = [other for other, module in modules.items() if getattr(module, "weight", None) is layer.weight]
+        owners = [
+            f"{other}.{attribute}" for other, module in modules.items()
+            for attribute, parameter in module._parameters.items() if parameter is weight
+        ]  # fmt: skip
         if len(owners) > 1:
             raise ValueError(f"{' and '.join(owners)} share one weight; adapting one of them would untie them.")
     return {name: modules[name] for name in names}
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name is {name!r}; it must be a text such as 'nine'.")
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
