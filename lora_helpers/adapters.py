@@ -2,16 +2,17 @@
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from lora_helpers.checks import check_network, check_positive, check_whole
-from lora_helpers.lora import add_lora, adapter_names, lora_layers
+from lora_helpers.lora import add_lora, adapter_names, all_or_nothing, lora_layers
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrapper round the network, which its names include
@@ -27,18 +28,24 @@ _HARMLESS = {
 def save_adapter(net: nn.Module, folder: str | os.PathLike, name: str | None = None) -> Path:
     """Saves the adapter `name`, by default the one in use, as `adapter_config.json` and `adapter_model.safetensors`.
 
-    Each file is replaced whole or not at all; A and B keep their dtype. `folder` is made if it is missing.
+    A and B keep their dtype. `folder` is made if it is missing. An error while the files are written leaves the old
+    adapter there; one between the two last moves leaves none that could be loaded, and never parts of two.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: `net` has no such adapter, or its layers differ in rank, alpha or scaling.
-        OSError: the folder cannot be written to.
+        ValueError: `net` has no such adapter, it holds values that are not finite, or its layers differ in rank,
+            alpha or scaling or have no names.
+        TypeError: `net` is no network, or `folder` no path.
+        OSError: `folder` is a file, one of the two files is a folder, or the folder cannot be written to.
 
     Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
     adapters = _chosen(net, name)
+    folder = _as_path(folder)
+    if "" in adapters:
+        raise ValueError("This network is itself the adapted layer, so the layer has no name to be saved under; adapt nn.Sequential(layer) instead.")
     kinds = {(a.rank, a.alpha, a.rank_stabilised) for a in adapters.values()}
     if len(kinds) > 1:
         raise ValueError(f"The layers differ in (rank, alpha, rank_stabilised): {sorted(kinds)}; one file holds one of each.")
@@ -50,13 +57,21 @@ def save_adapter(net: nn.Module, folder: str | os.PathLike, name: str | None = N
     }  # fmt: skip
     tensors = {}
     for layer, adapter in adapters.items():
-        tensors[f"{PREFIX}{layer}.lora_A.weight"] = adapter.lora_A.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{layer}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
-    folder = Path(folder)
+        for kind, matrix in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)):
+            if not matrix.isfinite().all():
+                raise ValueError(f"{layer}: {kind} holds values that are not finite numbers. Train it again, with a smaller learning rate.")
+            tensors[f"{PREFIX}{layer}.{kind}.weight"] = matrix.detach().cpu().contiguous()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; an adapter is saved in a folder: give another name.")
     folder.mkdir(parents=True, exist_ok=True)
+    for file in (TENSORS, CONFIG):
+        if (folder / file).is_dir():
+            raise IsADirectoryError(f"{folder / file} is a folder; a file of that name is to be saved: move it away, or give another folder.")
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        save_file(tensors, Path(work) / TENSORS, metadata={"format": "pt"})
+        # Not save_file, which makes a file that only its owner may read.
+        (Path(work) / TENSORS).write_bytes(save(tensors, metadata={"format": "pt"}))
         (Path(work) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG).unlink(missing_ok=True)  # first, so that new tensors never stand beside an old alpha
         for file in (TENSORS, CONFIG):
             (Path(work) / file).replace(folder / file)
     return folder
@@ -66,6 +81,7 @@ def load_adapter(net: nn.Module, folder: str | os.PathLike, name: str = "default
     """Adds the adapter saved in `folder` to `net` under `name`, beside those that are there, and puts it in use.
 
     A and B take each weight's device and dtype. Only the two files named by `save_adapter` are read; nothing is unpickled.
+    An error or an interrupt leaves `net` as it was.
 
     Returns:
         `net` itself, changed.
@@ -73,14 +89,16 @@ def load_adapter(net: nn.Module, folder: str | os.PathLike, name: str = "default
     Raises:
         FileNotFoundError: one of the two files is missing.
         ValueError: a file is damaged, an option is not supported, or layers, shapes or values do not fit `net`;
-            or `name` is taken. TypeError: `net` is no network. Nothing is changed then.
+            or `name` is taken. TypeError: `net` is no network, or `folder` no path. Nothing is changed then.
     """
     check_network(net)
-    config, tensors = _read(Path(folder))
+    config, tensors = _read(_as_path(folder))
     rank, alpha, rank_stabilised = _check_config(config)
     pairs = _pair_up(tensors)
+    modules = dict(net.named_modules())
+    _check_targets(config, list(pairs), [layer for layer, module in modules.items() if isinstance(module, nn.Linear)])
     for layer, (a, b) in pairs.items():
-        weight = getattr(dict(net.named_modules()).get(layer), "weight", None)
+        weight = getattr(modules.get(layer), "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
             continue  # add_lora says which layers there are
         expected = ((rank, weight.shape[1]), (weight.shape[0], rank))
@@ -89,9 +107,12 @@ def load_adapter(net: nn.Module, folder: str | os.PathLike, name: str = "default
                 f"{layer}: the file has A {tuple(a.shape)} and B {tuple(b.shape)}; this network needs "
                 f"A {expected[0]} and B {expected[1]} at rank {rank}. Load it on the network that it was trained on."
             )
+        for kind, tensor in (("lora_A", a), ("lora_B", b)):
+            if not tensor.to(weight.dtype).isfinite().all():
+                raise ValueError(f"{layer}: {kind} has values that are not all finite numbers in {weight.dtype}, which the network computes in.")
     own_stream = torch.Generator()  # A is drawn and overwritten; PyTorch's global stream is not touched
-    add_lora(net, rank=rank, alpha=alpha, layers=list(pairs), generator=own_stream, name=name, rank_stabilised=rank_stabilised)
-    with torch.no_grad():
+    with all_or_nothing(net), torch.no_grad():
+        add_lora(net, rank=rank, alpha=alpha, layers=list(pairs), generator=own_stream, name=name, rank_stabilised=rank_stabilised)
         for layer, adapter in _chosen(net, name).items():
             adapter.lora_A.copy_(pairs[layer][0])
             adapter.lora_B.copy_(pairs[layer][1])
@@ -115,6 +136,12 @@ def _chosen(net: nn.Module, name: str | None):
     return found
 
 
+def _as_path(folder: str | os.PathLike) -> Path:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder is {folder!r}; it must be a path, such as 'adapters/nine'.")
+    return Path(folder)
+
+
 def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     for file in (CONFIG, TENSORS):
         if not (folder / file).is_file():
@@ -134,7 +161,10 @@ def _check_config(config: dict) -> tuple[int, float, bool]:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {config.get('peft_type')!r}; only 'LORA' can be opened here.")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
-        raise ValueError(f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base too; that is not supported.")
+        raise ValueError(
+            f"init_lora_weights is {config['init_lora_weights']!r}; supported are true, false, 'gaussian' and 'orthogonal': "
+            "others may change the base too."
+        )
     unknown = {k: v for k, v in config.items() if k not in _HARMLESS and v not in (None, False, "none") and v != {} and v != []}
     if unknown:
         raise ValueError(f"Not supported here: {', '.join(f'{k} = {v!r}' for k, v in sorted(unknown.items()))}.")
@@ -146,14 +176,38 @@ def _check_config(config: dict) -> tuple[int, float, bool]:
     return rank, alpha, rank_stabilised
 
 
+def _check_targets(config: dict, saved: list[str], linear: list[str]) -> None:
+    """Raises ValueError unless the layers `saved` are those of the `linear` layers that the options name, as PEFT reads them."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    lacking = [layer for layer in linear if _named(targets, layer) and not _named(excluded, layer) and layer not in saved]
+    if isinstance(targets, list):
+        lacking += [target for target in targets if not any(_named([target], layer) for layer in saved + lacking)]
+    if lacking:
+        raise ValueError(f"target_modules is {targets!r}, but the file has nothing for: {', '.join(map(repr, lacking))}. Use a whole copy.")
+    extra = [layer for layer in saved if not _named(targets, layer)]
+    if extra:
+        raise ValueError(f"target_modules is {targets!r}, but the file also has: {', '.join(map(repr, extra))}. Use a whole copy.")
+
+
+def _named(pattern: list[str] | str | None, layer: str) -> bool:
+    if isinstance(pattern, str):
+        try:
+            return pattern == "all-linear" or re.fullmatch(pattern, layer) is not None
+        except re.error as error:
+            raise ValueError(f"The pattern {pattern!r} cannot be read: {error}.") from error
+    if pattern is not None and not (isinstance(pattern, list) and all(isinstance(name, str) for name in pattern)):
+        raise ValueError(f"target_modules or exclude_modules is {pattern!r}; it must be a list of layer names or a pattern.")
+    return any(layer == name or layer.endswith(f".{name}") for name in pattern or [])
+
+
 def _pair_up(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         layer, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if not key.startswith(PREFIX) or not key.endswith(".weight") or kind not in ("lora_A", "lora_B") or not layer:
             raise ValueError(f"The file has a tensor {key!r}, which is no lora_A or lora_B of a layer.")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{key} is {tensor.dtype} with values that are not all finite numbers; it must be floating-point and finite.")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{key} is {tensor.dtype}; it must be floating-point.")
         layers.setdefault(layer, {})[kind] = tensor
     for layer, found in layers.items():
         if len(found) < 2:

@@ -1,6 +1,6 @@
 """LoRA without building W + ΔW: the same outputs from two thin products, several times faster to train."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
@@ -20,8 +20,8 @@ def factorised(net: nn.Module) -> Iterator[nn.Module]:
 
     This equals x (W + (α/r) · B A)ᵀ + b up to float rounding, and switches and named adapters are
     obeyed, but neither the sum W + ΔW nor a gradient of its size is ever made. The parametrization
-    stays registered. Layers with another parametrization beside LoRA, and networks without LoRA,
-    compute as ever.
+    stays registered. Layers with another parametrization beside LoRA, layers with a `forward` of their
+    own, and networks without LoRA compute as ever.
 
     Raises:
         TypeError: `net` is no network.
@@ -29,16 +29,8 @@ def factorised(net: nn.Module) -> Iterator[nn.Module]:
     Source: Hu et al., arXiv 2106.09685, equation (3).
     """
     check_network(net)
-    changed = []
-    try:
-        for layer in net.modules():
-            if _has_only_lora(layer):
-                changed.append(layer)  # noted first: an interrupt may come between the two
-                layer.forward = MethodType(_thin_forward, layer)
+    with _computing_by({layer: MethodType(_thin_forward, layer) for layer in net.modules() if _has_only_lora(layer)}):
         yield net
-    finally:
-        for layer in changed:
-            vars(layer).pop("forward", None)
 
 
 @contextmanager
@@ -49,35 +41,64 @@ def side_by_side(nets: Sequence[nn.Module]) -> Iterator[nn.Module]:
     which cost most, are multiplied once for all blocks. The adapters stay those of their own networks.
 
     Raises:
-        ValueError: there is no network, or they do not have LoRA on the same layers of the same base.
-        TypeError: one is no network. Nothing is changed then.
+        ValueError: there is no network, or one twice; they do not have LoRA on the same layers of the same base; a base
+            is not frozen, LoRA is off; or, at a call, the rows cannot be parted into blocks of one length.
+        TypeError: `nets` is no list, or one is no network. Nothing is changed then.
     """
+    if not isinstance(nets, (list, tuple)):
+        raise TypeError(f"nets is a {type(nets).__name__}; it must be a list of networks.")
     if not nets:
         raise ValueError("nets is empty; it must hold at least one network with LoRA.")
     for net in nets:
         check_network(net)
+    if len(set(nets)) < len(nets):
+        raise ValueError("nets holds one network twice; each must be a copy of its own: make it with copy.deepcopy(base).")
     names = [name for name, layer in nets[0].named_modules() if _has_only_lora(layer)]
     for net in nets:
-        layers = [(net.get_submodule(name), nets[0].get_submodule(name)) for name in names]
-        if not names or list(lora_layers(net)) != names or not all(_same_base(*pair) for pair in layers):
+        modules = dict(net.named_modules())
+        if not names or list(lora_layers(net)) != names or not all(_has_only_lora(modules[name]) for name in names) or not _same_base(net, nets[0]):
             raise ValueError("The networks must be copies of one base, with LoRA on the same layers; make each with copy.deepcopy(base).")
-    chosen = [nets[0].get_submodule(name) for name in names]
-    try:
-        for name, layer in zip(names, chosen):
-            layer.forward = partial(_forward_of_all, [net.get_submodule(name) for net in nets])
+    for net in nets:
+        if any(parameter.requires_grad for parameter in _base(net).values() if isinstance(parameter, nn.Parameter)):
+            raise ValueError("A base is not frozen, and the networks share its computation; call freeze_base(net) for each first.")
+        if not any(adapter.applied for adapters in lora_layers(net).values() for adapter in adapters):
+            raise ValueError("LoRA is off in one of the networks; call set_lora_enabled(net, True) first.")
+    with _computing_by({nets[0].get_submodule(name): partial(_forward_of_all, [net.get_submodule(name) for net in nets]) for name in names}):
         yield nets[0]
+
+
+@contextmanager
+def _computing_by(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+    before = {layer: vars(layer).get("forward") for layer in forwards}
+    try:
+        for layer, forward in forwards.items():
+            layer.forward = forward
+        yield
     finally:
-        for layer in chosen:
-            vars(layer).pop("forward", None)
+        for layer, forward in before.items():
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:  # that of a block around this one
+                layer.forward = forward
 
 
-def _same_base(layer: nn.Linear, other: nn.Linear) -> bool:
-    return _has_only_lora(layer) and torch.equal(layer.parametrizations.weight.original, other.parametrizations.weight.original)
+def _base(net: nn.Module) -> dict[str, torch.Tensor]:
+    lora = {id(p) for adapters in lora_layers(net).values() for adapter in adapters for p in adapter.parameters()}
+    return {name: tensor for name, tensor in (*net.named_parameters(), *net.named_buffers()) if id(tensor) not in lora}
+
+
+def _same_base(net: nn.Module, other: nn.Module) -> bool:
+    one, two = _base(net), _base(other)
+    return one.keys() == two.keys() and all(
+        (t.dtype, t.device) == (two[name].dtype, two[name].device) and torch.equal(t, two[name]) for name, t in one.items()
+    )
 
 
 def _has_only_lora(layer: nn.Module) -> bool:
+    own = vars(layer).get("forward")
     return (
         isinstance(layer, nn.Linear)
+        and (type(layer).forward is nn.Linear.forward if own is None else getattr(own, "__func__", None) is _thin_forward)
         and parametrize.is_parametrized(layer, "weight")
         and not parametrize.is_parametrized(layer, "bias")
         and all(isinstance(p, LoRAParametrization) for p in layer.parametrizations.weight)
@@ -85,11 +106,15 @@ def _has_only_lora(layer: nn.Module) -> bool:
 
 
 def _thin_forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    if "parametrizations" not in layer._modules:  # merged within the block, or in a copy made there, which keeps this forward
+        return F.linear(x, layer.weight, layer.bias)
     return _forward_of_all([layer], x)
 
 
 def _forward_of_all(layers: list[nn.Linear], x: torch.Tensor) -> torch.Tensor:
     weight = layers[0].parametrizations.weight.original
+    if len(layers) > 1 and (x.ndim < 2 or len(x) % len(layers)):
+        raise ValueError(f"The input of shape {tuple(x.shape)} does not hold one block of rows for each of {len(layers)} networks, all of one length.")
     if not any(adapter.applied for layer in layers for adapter in layer.parametrizations.weight):
         return F.linear(x, weight, layers[0].bias)  # off, LoRA leaves the base's outputs to the bit
     output = _frozen_linear(x, weight, layers[0].bias)
@@ -100,7 +125,9 @@ def _forward_of_all(layers: list[nn.Linear], x: torch.Tensor) -> torch.Tensor:
 def _add_updates(layer: nn.Linear, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     for adapter in layer.parametrizations.weight:
         if adapter.applied:
-            output = torch.addmm(output, adapter.scale * (x @ adapter.lora_A.T), adapter.lora_B.T)
+            update = adapter.scale * (x @ adapter.lora_A.T)
+            # addmm is quicker, but takes matrices only
+            output = torch.addmm(output, update, adapter.lora_B.T) if x.ndim == 2 else output + update @ adapter.lora_B.T
     return output
 
 
@@ -110,6 +137,6 @@ def _frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     slices = torch.get_num_threads()
     if x.device.type != "cpu" or x.ndim != 2 or len(x) > 32 or len(weight) % slices:
         return F.linear(x, weight, bias)
-    parts = torch.bmm(x.expand(slices, *x.shape), weight.view(slices, -1, x.shape[1]).mT)
+    parts = torch.bmm(x.expand(slices, *x.shape), weight.unflatten(0, (slices, -1)).mT)
     output = parts.transpose(0, 1).reshape(len(x), len(weight))
     return output if bias is None else output + bias
