@@ -194,6 +194,12 @@ def test_an_interrupt_is_not_swallowed():
         mlp.layer_parameters.check(interrupted)
 
 
+def test_the_poison_of_exercise_4_5_warns_nobody():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert digit_9.experiment.check(taught(digit=lambda mnist: mnist.train)).misconception == "trained on other digits"
+
+
 def test_a_judge_that_breaks_says_so():
     @exercise(hints=("a", "b"), solution="x = 1", reason="")
     def broken(answer):

@@ -1,5 +1,7 @@
 """Notebook 4, Digit-9 fine-tuning: its exercises and its quiz."""
 
+import warnings
+
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -210,7 +212,7 @@ def experiment(teach):
     test = TensorDataset(torch.randn(40, 1, 28, 28), torch.arange(40) % 10)
     before = evaluate(net, test)
     try:
-        given = call(teach, net, Mnist(lesson, test, "sample"))
+        given = _run_quietly(teach, net, Mnist(lesson, test, "sample"))
     except LearnerError as error:
         if "every parameter is frozen" in str(error.error):
             raise Wrong("A and B frozen too", "`train` found nothing that it may change. `freeze_base`, after `add_lora`, leaves A and B free.") from None
@@ -242,10 +244,17 @@ def experiment(teach):
     if same(given.confusion, before.confusion) and not same(evaluate(net, test).confusion, before.confusion):
         raise Wrong("tested with LoRA off, or too early", "Your figures are the base's: test after training, with LoRA on.")
     again = _loud_net()
-    call(teach, again, Mnist(lesson, TensorDataset(torch.full_like(test.tensors[0], poison), test.tensors[1]), "sample"))
+    _run_quietly(teach, again, Mnist(lesson, TensorDataset(torch.full_like(test.tensors[0], poison), test.tensors[1]), "sample"))
     if not all(parameter.isfinite().all() for parameter in again.parameters()):
         raise Wrong("trained on the test set", "The check had spoiled the test images, and it shows in your weights: train on `mnist.train`.")
     return "Only A and B learned, only from nines, and the figures come from unseen images."
+
+
+def _run_quietly(teach, net: nn.Module, mnist: Mnist):
+    # That a training on poison diverges is the check's doing: a warning of it would mislead.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(teach, net, mnist)
 
 
 def _loud_net() -> RichBoyNet:
