@@ -137,6 +137,6 @@ def _frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     slices = torch.get_num_threads()
     if x.device.type != "cpu" or x.ndim != 2 or len(x) > 32 or len(weight) % slices:
         return F.linear(x, weight, bias)
-    parts = torch.bmm(x.expand(slices, *x.shape), weight.unflatten(0, (slices, -1)).mT)
+    parts = torch.bmm(x.expand(slices, *x.shape), weight.reshape(slices, -1, weight.shape[1]).mT)
     output = parts.transpose(0, 1).reshape(len(x), len(weight))
     return output if bias is None else output + bias

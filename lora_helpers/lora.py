@@ -442,7 +442,7 @@ def _choose_layers(net: nn.Module, layers: Iterable[str] | None) -> dict[str, nn
         if is_lazy(weight):
             raise ValueError(f"The weight of {name!r} has no shape yet; run the network once on a batch first.")
         owners = [
-            f"{other}.{attribute}" for other, module in modules.items()
+            f"{other}.{attribute}".removeprefix(".") for other, module in modules.items()
             for attribute, parameter in module._parameters.items() if parameter is weight
         ]  # fmt: skip
         if len(owners) > 1:

@@ -2,12 +2,17 @@
 
 import copy
 import json
+import os
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lora_helpers import (
     RichBoyNet,
@@ -201,6 +206,22 @@ MISFITS = {
     "a changed base": (lambda f: edit_config(f, init_lora_weights="pissa"), "pissa"),
     "rank 0": (lambda f: edit_config(f, r=0), "r is 0"),
     "rank true": (lambda f: edit_config(f, r=True), "r is True"),
+    "a pattern that is none": (lambda f: edit_config(f, target_modules="("), r"pattern '\(' cannot be read"),
+    "no layers named": (lambda f: edit_config(f, target_modules=None), "file also has: 'linear1', 'linear2', 'linear3'"),
+    "layers that are numbers": (lambda f: edit_config(f, target_modules=[1, 2]), r"target_modules .* is \[1, 2\]"),
+    "a layer fewer than named": (lambda f: edit_tensors(f, **{LINEAR1_A: None, LINEAR1_B: None}), "nothing for: 'linear1'"),
+    "a layer fewer than the pattern": (
+        lambda f: (edit_config(f, target_modules=r"linear\d"), edit_tensors(f, **{LINEAR1_A: None, LINEAR1_B: None})),
+        "nothing for: 'linear1'",
+    ),
+    "a layer fewer than all": (
+        lambda f: (edit_config(f, target_modules="all-linear"), edit_tensors(f, **{LINEAR1_A: None, LINEAR1_B: None})),
+        "nothing for: 'linear1'",
+    ),
+    "a layer more than named": (lambda f: edit_config(f, target_modules=["linear1", "linear3"]), "file also has: 'linear2'"),
+    "a layer more than the pattern": (lambda f: edit_config(f, target_modules="linear[12]"), "file also has: 'linear3'"),
+    "a name without a layer": (lambda f: edit_config(f, target_modules=["linear1", "linear2", "linear3", "linear9"]), "nothing for: 'linear9'"),
+    "a start of another kind": (lambda f: edit_config(f, init_lora_weights=["x"]), r"init_lora_weights is \['x'\]; supported are"),
     "another rank": (lambda f: edit_config(f, r=3), r"linear1: the file has A \(2, 784\)"),
     "no alpha": (lambda f: edit_config(f, lora_alpha=None), "lora_alpha is None"),
     "alpha infinite": (lambda f: edit_config(f, lora_alpha=float("inf")), "lora_alpha is inf"),
@@ -216,14 +237,24 @@ MISFITS = {
     "A alone": (lambda f: edit_tensors(f, **{LINEAR1_B: None}), "linear1 has only lora_A"),
     "another shape": (lambda f: edit_tensors(f, **{LINEAR1_B: torch.zeros(31, 2)}), r"linear1: the file has A \(2, 784\) and B \(31, 2\)"),
     "not a number": (lambda f: edit_tensors(f, **{LINEAR1_A: torch.full((2, 784), float("nan"))}), "not all finite"),
-    "whole numbers": (lambda f: edit_tensors(f, **{LINEAR1_A: torch.zeros(2, 784, dtype=torch.int64)}), "int64"),
+    "too large for the weights": (
+        lambda f: edit_tensors(f, **{LINEAR1_A: torch.full((2, 784), 1e300, dtype=torch.float64)}),
+        "lora_A has values that are not all finite numbers in torch.float32",
+    ),
+    "whole numbers": (lambda f: edit_tensors(f, **{LINEAR1_A: torch.zeros(2, 784, dtype=torch.int64)}), "int64; it must be floating-point"),
     "a tensor of something else": (lambda f: edit_tensors(f, base_model__model__linear1__bias=torch.zeros(30)), "no lora_A or lora_B"),
     "a layer that is not there": (
-        lambda f: edit_tensors(f, **{k.replace("linear1", "linear9"): torch.zeros(2, 2) for k in (LINEAR1_A, LINEAR1_B)}),
+        lambda f: (
+            edit_config(f, target_modules=["linear1", "linear2", "linear3", "linear9"]),
+            edit_tensors(f, **{k.replace("linear1", "linear9"): torch.zeros(2, 2) for k in (LINEAR1_A, LINEAR1_B)}),
+        ),
         "no layer 'linear9'",
     ),
     "a layer that is no Linear": (
-        lambda f: edit_tensors(f, **{k.replace("linear1", "relu"): torch.zeros(2, 2) for k in (LINEAR1_A, LINEAR1_B)}),
+        lambda f: (
+            edit_config(f, target_modules=["linear1", "linear2", "linear3", "relu"]),
+            edit_tensors(f, **{k.replace("linear1", "relu"): torch.zeros(2, 2) for k in (LINEAR1_A, LINEAR1_B)}),
+        ),
         "'relu' is a ReLU",
     ),
 }  # fmt: skip
@@ -262,7 +293,266 @@ def test_a_failed_save_leaves_the_old_files(base, saved, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_helpers.adapters.save_file", full_disk)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_adapter(add_lora(base, rank=3), saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("moved", [True, False])
+def test_an_interrupted_save_never_leaves_parts_of_two_adapters(base, saved, monkeypatch, number, moved):
+    old, new = (stir(add_lora(copy.deepcopy(base), rank=2, alpha=alpha)) for alpha in (1, 16))
+    save_adapter(old, saved)
+    outputs = new(IMAGES)
+    calls, real = 0, Path.replace
+
+    def stopped(self, target):
+        nonlocal calls
+        calls += 1
+        if calls == number and not moved:
+            raise KeyboardInterrupt
+        real(self, target)
+        if calls == number:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            save_adapter(new, saved)
+    if moved and number == 2:  # it was done by then
+        assert torch.equal(load_adapter(copy.deepcopy(base), saved)(IMAGES), outputs)
+    else:
+        with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
+            load_adapter(copy.deepcopy(base), saved)
+    save_adapter(new, saved)  # the same cell once more
+    assert torch.equal(load_adapter(copy.deepcopy(base), saved)(IMAGES), outputs)
+    assert sorted(p.name for p in saved.iterdir()) == [CONFIG, TENSORS]
+
+
+@pytest.mark.parametrize("file, other", [(CONFIG, TENSORS), (TENSORS, CONFIG)])
+def test_a_folder_in_the_place_of_a_file_leaves_the_other_as_it_was(base, saved, file, other):
+    (saved / file).unlink()
+    (saved / file).mkdir()
+    before = (saved / other).read_bytes()
+    with pytest.raises(IsADirectoryError, match=f"{file} is a folder; .*move it away"):
+        save_adapter(add_lora(base, rank=3), saved)
+    assert (saved / other).read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no umask")
+def test_others_may_read_the_files_as_the_umask_says(base, tmp_path):
+    old = os.umask(0o027)
+    try:
+        folder = save_adapter(add_lora(base), tmp_path)
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
+def test_an_adapter_that_is_not_finite_is_neither_saved_nor_merged(base, saved):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    add_lora(base)
+    with torch.no_grad():
+        base.linear2.parametrizations.weight[0].lora_B[3] = float("nan")
+    state = list(base.state_dict())
+    with pytest.raises(ValueError, match="linear2: lora_B holds values that are not finite"):
+        save_adapter(base, saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    with pytest.raises(ValueError, match="the weight of linear2 would hold values that are not finite"):
+        merge_lora(base)
+    assert list(base.state_dict()) == state and adapter_names(base) == ["default"]
+    remove_lora(base)
+
+
+def test_values_too_large_for_half_precision_are_refused(base, saved):
+    edit_tensors(saved, **{LINEAR1_B: torch.full((30, 2), 1e5)})
+    half = copy.deepcopy(base).half()
+    with pytest.raises(ValueError, match="linear1: lora_B has values that are not all finite numbers in torch.float16"):
+        load_adapter(half, saved)
+    assert adapter_names(half) == [] and adapter_names(load_adapter(base, saved)) == ["default"]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r"linear\d", r".*1|.*2|linear3", ["linear3", "linear1", "linear2"]])
+def test_the_layers_may_be_named_in_each_of_pefts_ways(base, saved, targets):
+    edit_config(saved, target_modules=targets)
+    assert list(lora_layers(load_adapter(base, saved))) == ["linear1", "linear2", "linear3"]
+
+
+def test_layers_are_named_by_suffix_and_left_out_by_name(tmp_path):
+    def blocks():
+        torch.manual_seed(0)
+        return nn.ModuleDict({str(i): nn.ModuleDict({"up": nn.Linear(3, 4), "down": nn.Linear(4, 3)}) for i in range(3)})
+
+    folder = save_adapter(add_lora(blocks(), layers=["0.up", "2.up"]), tmp_path)
+    edit_config(folder, target_modules=["up"])
+    with pytest.raises(ValueError, match="nothing for: '1.up'"):
+        load_adapter(blocks(), folder)
+    edit_config(folder, exclude_modules=["1.up"])
+    assert list(lora_layers(load_adapter(blocks(), folder))) == ["0.up", "2.up"]
+
+
+@pytest.mark.parametrize("folder", [None, 3, b"here", ["here"]])
+def test_what_is_no_path_is_named(base, folder):
+    for call in (lambda: save_adapter(add_lora(copy.deepcopy(base)), folder), lambda: load_adapter(base, folder)):
+        with pytest.raises(TypeError, match=f"folder is {re.escape(repr(folder))}; it must be a path"):
+            call()
+
+
+def test_a_file_is_no_folder(base, tmp_path):
+    (tmp_path / "mine").write_text("my notes")
+    with pytest.raises(NotADirectoryError, match="mine is a file"):
+        save_adapter(add_lora(copy.deepcopy(base)), tmp_path / "mine")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_adapter(base, tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == "my notes"
+
+
+def test_a_layer_without_a_name_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"nn.Sequential\(layer\)"):
+        save_adapter(add_lora(nn.Linear(3, 4)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# The switch, and which adapter is in use
+
+
+def test_the_switch_stays_off_when_the_adapter_in_use_is_removed(base):
+    before = base(IMAGES)
+    stir(add_lora(base, name="nine"), "nine")
+    stir(add_lora(base, name="four"), "four")
+    set_lora_enabled(base, False)
+    remove_lora(base, "four")
+    use_adapter(base, "nine")
+    assert torch.equal(base(IMAGES), before)
+
+
+def test_an_adapter_added_while_off_for_a_moment_is_on_afterwards(base):
+    add_lora(base, name="nine")
+    with lora_disabled(base):
+        before = base(IMAGES)
+        stir(add_lora(base, name="four"), "four")
+        assert torch.equal(base(IMAGES), before)
+    assert not torch.equal(base(IMAGES), before)
+    set_lora_enabled(base, False)
+    with lora_disabled(base):
+        remove_lora(base, "four")
+        stir(add_lora(base, name="two"), "two")
+    assert torch.equal(base(IMAGES), before)
+
+
+def test_when_the_adapter_in_use_goes_the_last_that_remains_is_in_use(base):
+    for name in ("nine", "four", "two"):
+        stir(add_lora(base, name=name), name)
+    use_adapter(base, "four")
+    four = base(IMAGES)
+    remove_lora(base, "nine")
+    assert torch.equal(base(IMAGES), four), "another one went"
+    use_adapter(base, "two")
+    two = base(IMAGES)
+    use_adapter(base, "four")
+    remove_lora(base, "four")
+    assert torch.equal(base(IMAGES), two)
+    assert count_parameters(freeze_base(base)).trainable > 0
+    merge_lora(base)
+    assert torch.equal(base(IMAGES), two)
+
+
+def test_freezing_with_no_adapter_in_use_is_refused(base):
+    add_lora(base, name="nine")
+    for (adapter,) in lora_layers(base).values():
+        adapter.active = False
+    with pytest.raises(ValueError, match=r"No adapter is in use; call use_adapter\(net, name\).*'nine'"):
+        freeze_base(base)
+    assert all(p.requires_grad for p in base.parameters())
+
+
+# Interrupts: at every seventh line that the package and PyTorch's parametrizations run
+
+LINES = range(1, 10_000, 7)
+
+
+def small():
+    torch.manual_seed(0)
+    return add_lora(add_lora(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), name="nine"), name="four")
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    return save_adapter(small(), tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture
+def calls(small_file):
+    return {
+        "add": lambda net: add_lora(net, name="two", generator=torch.Generator().manual_seed(1)),
+        "load": lambda net: load_adapter(net, small_file, "two"),
+        "remove the one in use": lambda net: remove_lora(net, "four"),
+        "remove another": lambda net: remove_lora(net, "nine"),
+        "remove all": remove_lora,
+    }
+
+
+def look(net):
+    """All that may change: layer by layer its class, its tensors, and its adapters with their flags."""
+    flags = {name: [(a.name, a.enabled, a.active) for a in adapters] for name, adapters in lora_layers(net).items()}
+    return [type(m).__name__ for m in net.modules()], {k: t.clone() for k, t in net.state_dict().items()}, flags
+
+
+def alike(one, two):
+    return one[0] == two[0] and one[2] == two[2] and list(one[1]) == list(two[1]) and all(torch.equal(t, two[1][k]) for k, t in one[1].items())
+
+
+def interrupted_at(line, call):
+    """Whether `call` was interrupted when it came to its `line`-th line."""
+    passed = 0
+
+    def trace(frame, event, argument):
+        nonlocal passed
+        if not frame.f_code.co_filename.endswith(("lora.py", "adapters.py", "parametrize.py")):
+            return None
+        if event == "line":
+            passed += 1
+            if passed == line:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("name", ["add", "load", "remove the one in use", "remove another", "remove all"])
+def test_interrupted_anywhere_a_network_is_as_before_or_done(calls, name):
+    call, before, done = calls[name], look(small()), look(calls[name](small()))
+    again = 0
+    for line in LINES:
+        net = small()
+        if not interrupted_at(line, lambda: call(net)):
+            break
+        if alike(look(net), before):
+            again += 1
+            call(net)  # the same cell once more
+        assert alike(look(net), done), f"line {line}"
+        assert net(torch.ones(2, 3)).shape == (2, 3)
+    assert again > 30
+
+
+def test_an_interrupted_merge_adds_nothing_twice(calls):
+    start = remove_lora(stir(small(), "four"), "nine")
+    outputs = start(torch.ones(2, 3))
+    for line in LINES:
+        net = copy.deepcopy(start)
+        if not interrupted_at(line, lambda: merge_lora(net)):
+            break
+        assert torch.equal(net(torch.ones(2, 3)), outputs)
+        if adapter_names(net):
+            merge_lora(net)
+        assert torch.equal(net(torch.ones(2, 3)), outputs) and not adapter_names(net)
+    assert line > 100

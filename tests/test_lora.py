@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -188,6 +189,43 @@ def test_bad_rank(net, rank):
     assert not lora_layers(net), "nothing is half-added"
 
 
+@pytest.mark.parametrize("number", [np.int64(2), np.float32(0.5), torch.tensor(2)])
+def test_a_number_of_another_library_is_told_from_pythons_own(net, number):
+    kind = type(number).__name__
+    with pytest.raises(ValueError, match=f"rank is .*whole number.*{'' if kind == 'float32' else f'type {kind}: write int'}"):
+        add_lora(net, rank=number)
+    with pytest.raises(ValueError, match=rf"alpha is .*type {kind}: write float\(…\)"):
+        add_lora(net, alpha=number)
+    add_lora(net, rank=int(number) + 1, alpha=float(number))
+
+
+def test_alpha_is_stored_as_a_number_of_pythons_own(net):
+    for adapters in lora_layers(add_lora(net, alpha=np.sqrt(4.0))).values():
+        assert type(adapters[0].alpha) is type(adapters[0].scale) is float
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda net: add_lora(net, generator=5), TypeError, "generator is 5; it must be a torch.Generator"),
+        (lambda net: LoRAParametrization(3, 4, generator="seed"), TypeError, "generator is 'seed'; it must be a torch.Generator"),
+        (lambda net: add_lora(net, name=5), ValueError, "name is 5; it must be a text"),
+        (lambda net: LoRAParametrization(3, 4, name=5), ValueError, "name is 5; it must be a text"),
+        (lambda net: add_lora(nn.Sequential(nn.Conv2d(1, 2, 3))), ValueError, "Linear layers are: none"),
+        (lambda net: add_lora(nn.Sequential(nn.Conv2d(1, 2, 3)), layers=["0"]), TypeError, "'0' is a Conv2d.*Linear layers are: none"),
+        (lambda net: add_lora(nn.Linear(3, 4), layers=["weight"]), ValueError, "no layer 'weight'; this network's Linear layers are: ''"),
+    ],
+)
+def test_other_bad_arguments(net, call, error, message):
+    with pytest.raises(error, match=message):
+        call(net)
+    assert not lora_layers(net)
+
+
+def test_a_network_without_parameters_is_counted():
+    assert str(count_parameters(nn.Sequential())) == "0 base + 0 LoRA = 0 parameters, 0 trainable"
+
+
 @pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), True, "1", None])
 def test_bad_alpha(net, alpha):
     with pytest.raises(ValueError, match="alpha"):
@@ -200,7 +238,11 @@ def test_bad_alpha(net, alpha):
     [
         (["linear9"], ValueError, "linear9"),
         (["linear1", "relu"], TypeError, "ReLU"),
-        ("linear1", TypeError, "list of names"),
+        ("linear1", TypeError, "layers is 'linear1'; it must be a list of names"),
+        (b"linear1", TypeError, "layers is b'linear1'; it must be a list of names"),
+        (5, TypeError, "layers is 5; it must be a list of names"),
+        ([["linear1"]], TypeError, r"layers holds \['linear1'\], which is no name"),
+        (["linear2", 1], TypeError, "layers holds 1, which is no name"),
         ([], ValueError, "No layer"),
     ],
 )
@@ -220,12 +262,31 @@ def test_adding_twice_is_refused(net):
 def test_foreign_parametrizations_and_tied_weights_are_refused(net):
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
-    with pytest.raises(ValueError, match="share one weight"):
+    with pytest.raises(ValueError, match="0.weight and 1.weight share one weight"):
         add_lora(tied)
     nn.utils.parametrizations.weight_norm(net.linear1)
     with pytest.raises(ValueError, match="_WeightNorm"):
         add_lora(net)
     assert not lora_layers(net)
+
+
+def test_a_weight_shared_under_another_name_is_found(net):
+    net.table = net.linear2.weight
+    with pytest.raises(ValueError, match="table and linear2.weight share one weight"):
+        add_lora(net)
+    del net.table
+    add_lora(net, name="nine")
+    net.table = net.linear2.parametrizations.weight.original
+    with pytest.raises(ValueError, match="share one weight"):
+        add_lora(net, name="four")
+
+
+def test_a_layer_that_is_used_twice_is_adapted_once_under_its_first_name():
+    layer = nn.Linear(4, 4)
+    net = nn.ModuleDict({"a": layer, "b": layer})
+    with pytest.raises(ValueError, match="'b' is another name of the layer 'a'; write 'a'"):
+        add_lora(net, layers=["b"])
+    assert list(lora_layers(add_lora(net))) == ["a"] and len(lora_layers(net)["a"]) == 1
 
 
 @pytest.mark.parametrize(

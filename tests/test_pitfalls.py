@@ -16,12 +16,14 @@ from lora_helpers import (
     count_parameters,
     evaluate,
     freeze_base,
+    load_adapter,
     load_mnist,
     lora_disabled,
     lora_layers,
     merge_lora,
     only_digit,
     remove_lora,
+    save_adapter,
     set_lora_enabled,
     train,
     use_adapter,
@@ -186,6 +188,15 @@ def test_checkpoints_from_before_and_after_do_not_fit_each_other(net):
     plain.load_state_dict(merge_lora(net).state_dict())
 
 
+def test_a_state_dict_carries_neither_alpha_nor_scaling_and_a_file_does(net, base, tmp_path):
+    fresh = add_lora(RichBoyNet(30, 40), rank=2, alpha=1)
+    assert fresh.load_state_dict(net.state_dict()).missing_keys == [], "PyTorch says that all keys match"
+    scales = [next(iter(lora_layers(n).values()))[0].scale for n in (net, fresh)]
+    assert scales == [3 / 2, 1 / 2] and not torch.equal(fresh(IMAGES), net(IMAGES))
+    loaded = load_adapter(remove_lora(fresh), save_adapter(net, tmp_path))
+    assert torch.equal(loaded(IMAGES), net(IMAGES))
+
+
 # Moved after it was made
 
 
@@ -252,6 +263,17 @@ def test_a_parametrized_bias_is_left_as_it_is(base):
         undo(base)
         assert torch.equal(base(IMAGES), before if undo is remove_lora else outputs)
         assert sorted(base.state_dict()) == sorted(state)
+
+
+def test_lora_on_a_copy_of_a_network_with_a_parametrized_bias_leaves_the_original_whole(base):
+    class Double(nn.Module):
+        def forward(self, bias):
+            return 2 * bias
+
+    parametrize.register_parametrization(base.linear1, "bias", Double())
+    before = base(IMAGES)
+    stir(add_lora(copy.deepcopy(base)))
+    assert torch.equal(base(IMAGES), before)
 
 
 # Bits
