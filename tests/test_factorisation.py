@@ -1,6 +1,7 @@
 """The factorised form computes what the parametrization computes."""
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from lora_helpers import (
     factorised,
     freeze_base,
     load_mnist,
+    merge_lora,
     only_digit,
+    remove_lora,
     set_lora_enabled,
     side_by_side,
     train,
@@ -79,6 +82,74 @@ def test_other_networks_compute_as_ever():
         assert torch.allclose(net(images), before, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(784,), (3, 784), (2, 3, 784), (0, 784), (40, 784)])
+def test_inputs_of_any_number_of_dimensions(shape):
+    layer = adapted(2, 1).linear1
+    x = torch.randn(shape)
+    slow = layer(x)
+    with factorised(layer):
+        assert torch.allclose(layer(x), slow, rtol=1e-4, atol=1e-3) and layer(x).shape == (*shape[:-1], 30)
+
+
+def test_a_weight_that_is_a_transposed_view_and_a_wrong_input():
+    layer = torch.nn.Linear(6, 4)
+    layer.weight = torch.nn.Parameter(torch.randn(6, 4).T)
+    add_lora(layer)
+    x = torch.randn(3, 6)
+    slow = layer(x)
+    with factorised(layer):
+        assert torch.allclose(layer(x), slow, atol=1e-5)
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(3, 3))
+
+
+class Shouting(torch.nn.Linear):
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["a class of its own", "a function of its own", "a method of its own"])
+def test_a_layer_with_a_forward_of_its_own_computes_as_ever(how):
+    net = adapted(2, 1)
+    if how == "a class of its own":
+        net.linear2 = add_lora(Shouting(30, 40), rank=2)
+    elif how == "a function of its own":
+        net.linear2.forward = lambda x: torch.zeros(len(x), 40)
+    else:
+        net.linear2.forward = MethodType(lambda layer, x: 2 * torch.nn.functional.linear(x, layer.weight), net.linear2)
+    images, own = torch.randn(6, 784), vars(net.linear2).get("forward")
+    before = net(images)
+    with factorised(net):
+        assert torch.allclose(net(images), before, rtol=1e-4, atol=1e-2) and "forward" in vars(net.linear1)
+    assert vars(net.linear2).get("forward") is own and torch.equal(net(images), before)
+    twin = copy.deepcopy(net)
+    with pytest.raises(ValueError, match="copies of one base"), side_by_side([net, twin]):
+        pass
+
+
+def test_blocks_may_be_nested():
+    nets = [adapted(2, 1), adapted(2, 1)]
+    for inner in (factorised(nets[0]), side_by_side(nets)):
+        with factorised(nets[0]):
+            outer = nets[0].linear1.forward
+            with inner:
+                pass
+            assert nets[0].linear1.forward == outer
+        assert "forward" not in vars(nets[0].linear1)
+
+
+def test_merged_within_a_block_it_is_an_ordinary_layer():
+    net = adapted(2, 1)
+    images = torch.randn(6, 784)
+    slow = net(images)
+    with factorised(net):
+        twin = merge_lora(copy.deepcopy(net))
+        assert torch.allclose(twin(images), slow, atol=1e-3)
+        merge_lora(net)
+        assert torch.equal(net(images), twin(images))
+    assert torch.equal(net(images), twin(images))
+
+
 def test_a_copy_made_inside_is_a_network_of_its_own():
     net = adapted(2, 1)
     images = torch.randn(6, 784)
@@ -110,6 +181,69 @@ def test_side_by_side_refuses_networks_of_different_bases():
         pass
     with pytest.raises(ValueError, match="copies of one base"), side_by_side([RichBoyNet(30, 40)]):
         pass
+
+
+def change(what):
+    """Twins of one base, of which the second is then changed."""
+    nets = [adapted(2, 1), adapted(2, 1)]
+    if what == "a bias":
+        with torch.no_grad():
+            nets[1].linear3.bias += 1
+    elif what == "a dtype":
+        nets[1].double()
+    elif what == "a buffer":
+        nets[0].register_buffer("mean", torch.zeros(2))
+        nets[1].register_buffer("mean", torch.ones(2))
+    elif what == "a part more":
+        nets[1].extra = torch.nn.Linear(2, 2).requires_grad_(False)
+    elif what == "a part fewer":
+        del nets[1].linear3
+    elif what == "no LoRA":
+        remove_lora(nets[1])
+    elif what == "not frozen":
+        nets[1].linear1.bias.requires_grad_(True)
+    elif what == "off":
+        set_lora_enabled(nets[1], False)
+    elif what == "the same":
+        nets[1] = nets[0]
+    return nets
+
+
+REFUSED = {
+    "a bias": "copies of one base",
+    "a dtype": "copies of one base",
+    "a buffer": "copies of one base",
+    "a part more": "copies of one base",
+    "a part fewer": "copies of one base",
+    "no LoRA": "copies of one base",
+    "not frozen": "call freeze_base",
+    "off": "LoRA is off",
+    "the same": "one network twice",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_side_by_side_refuses_what_are_no_twins(what):
+    nets = change(what)
+    with pytest.raises(ValueError, match=REFUSED[what]), side_by_side(nets):
+        pass
+    assert not any("forward" in vars(module) for net in nets for module in net.modules())
+
+
+def test_side_by_side_takes_a_list():
+    net = adapted(2, 1)
+    for nets, kind in ((net, "RichBoyNet"), (torch.nn.Sequential(net), "Sequential"), ((n for n in [net]), "generator"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"nets is a {kind}; it must be a list of networks"), side_by_side(nets):
+            pass
+
+
+def test_side_by_side_needs_as_many_rows_for_each():
+    nets = change("nothing")
+    with side_by_side(nets) as together:
+        for rows in (1, 3):
+            with pytest.raises(ValueError, match=rf"\({rows}, 784\) does not hold one block of rows for each of 2"):
+                together(torch.zeros(rows, 784))
+        assert together(torch.zeros(4, 784)).shape == (4, 10)
 
 
 def test_training_steps_are_those_of_pytorchs_adam():
