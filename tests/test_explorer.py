@@ -119,6 +119,77 @@ def test_scrubbing_through_the_batches_trains_no_more(explorer, trainings):
     assert len(trainings) == 1 and explorer.origin == "just trained"
 
 
+def test_off_hides_nothing_and_moves_no_axis(explorer):
+    picture, result = explorer._picture, explorer.result
+    top, base = picture._axes_bars.get_ylim(), [bar.get_height() for bar in picture._bars[0]]
+    headings = [heading.get_text() for heading, _, _ in picture._strips]
+    assert headings[0].startswith(f"repaired by LoRA: {len(result.repaired)}") and headings[1].startswith("broken by LoRA: ")
+    mosaics = [image.get_array().copy() for _, image, _ in picture._strips]
+    explorer.enabled = False
+    assert picture._axes_bars.get_ylim() == top and [bar.get_height() for bar in picture._bars[0]] == base
+    for (heading, image, _), mosaic, word, images in zip(picture._strips, mosaics, ("repair", "break"), (result.repaired, result.broken)):
+        assert heading.get_text().startswith(f"LoRA on would {word} {len(images)}")
+        assert (image.get_array() == mosaic).all() and mosaic.any() and image.get_alpha() < 0.5
+
+
+def test_one_shade_is_one_number_of_mistakes(explorer):
+    explorer.rank = 4
+    shades = {}
+    for evaluation, (_, image, _) in zip((explorer.result.off, explorer.result.on), (explorer._picture._base_map, explorer._picture._now_map)):
+        for count, shade in zip(evaluation.confusion.flatten().tolist(), image.get_array().flat):
+            shades.setdefault(count, set()).add(float(shade))
+    common = [count for count in shades if 0 < count < 20]
+    assert len(common) > 5 and all(len(shades[count]) == 1 for count in common)
+
+
+def test_small_norms_and_as_many_singular_values_as_there_are(explorer):
+    explorer.apply(Settings(rank=4, alpha=1 / 16, batches=1))
+    picture, norms = explorer._picture, explorer.result.norms
+    for text, (name, norm) in zip(picture._norms, norms.items()):
+        assert float(text.get_text().removeprefix(f"{name} ‖ΔW‖ ")) == pytest.approx(norm, rel=0.05) and 0 < norm < 0.1
+    assert [len(points.get_xdata()) for points in picture._points] == [64, 64, 10]
+
+
+def test_a_stop_that_is_only_tested_now_says_so(explorer):
+    explorer.batches = 20
+    assert explorer.origin == "just tested" and explorer.summary.endswith("seed 0, trained before, tested just now")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_preset_moves_all_controls_before_it_trains_and_all_go_back(explorer, monkeypatch, fails):
+    seen, real = [], lora_helpers.finetuning.train
+
+    def watched(*args, **kwargs):
+        seen.append((explorer.settings, explorer.rank_field.value, explorer.rank_slider.value, explorer.alpha_field.value))
+        return 1 / 0 if fails else real(*args, **kwargs)
+
+    monkeypatch.setattr("lora_helpers.finetuning.train", watched)
+    explorer.preset_buttons["no scaling: α = r"].click()
+    assert seen == [(Settings(rank=16, alpha=16), 16, 16, 16)], "one training, of the whole preset"
+    assert explorer.settings == explorer.result.settings == (Settings() if fails else Settings(rank=16, alpha=16))
+    assert explorer.rank_field.value == explorer.rank and explorer.alpha_slider.value == explorer.alpha
+    assert ("division by zero" in explorer.status) == fails
+
+
+def test_a_preset_out_of_range_moves_nothing(explorer):
+    with pytest.raises(TraitError):
+        explorer.apply(Settings(alpha=2, rank=100))
+    assert explorer.settings == explorer.result.settings == Settings() and explorer.alpha_field.value == 1
+    explorer.rank = 2
+    assert explorer.result.settings == Settings(rank=2)
+
+
+@pytest.mark.parametrize("patience, seen", [(0, ["visible", "hidden"]), (1e9, [])])
+def test_a_longer_training_shows_how_far_it_is(explorer, monkeypatch, patience, seen):
+    monkeypatch.setattr("lora_helpers.widgets.explorer.PATIENCE", patience)
+    bar, steps = explorer._progress, []
+    moves = []
+    bar.layout.observe(lambda change: moves.append(change.new), "visibility")
+    bar.observe(lambda change: steps.append(change.new), "value")
+    explorer.rank = 2
+    assert moves == seen and steps == sorted(steps) and (len(steps) > 5) == bool(seen)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_one_click_and_one_training(explorer, trainings, name):
     explorer.rank = 2
@@ -152,12 +223,14 @@ def test_an_error_is_seen_and_the_widget_stays_usable(explorer, monkeypatch):
     assert explorer.result.settings.rank == 8, "what failed once is tried again"
 
 
-@pytest.mark.parametrize("trait, value", [("rank", 65), ("rank", 0), ("alpha", 0.01), ("batches", 37), ("digit", 10), ("share", 0.3)])
+@pytest.mark.parametrize("trait, value", [("rank", 65), ("rank", 0), ("alpha", 0.01), ("alpha", float("nan")), ("alpha", float("inf")), ("batches", 37), ("digit", 10), ("share", 0.3)])
 def test_values_out_of_range_are_refused_and_change_nothing(explorer, trait, value):
     before = explorer.settings
     with pytest.raises(TraitError):
         setattr(explorer, trait, value)
     assert explorer.settings == before and explorer.result.settings == before
+    explorer.alpha = 2.0
+    assert explorer.result.settings.alpha == 2 and not explorer.status
 
 
 def test_bad_arguments(base, mnist):

@@ -1,13 +1,18 @@
 """The digit pad, the inspector and the scaling lab without a browser."""
 
+import base64
+import io
 import math
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from traitlets import TraitError
 
-from lora_helpers import DigitPad, LoRAExplorer, ParametrizationInspector, ScalingLab, as_mnist, load_mnist, pretrained_base
+from lora_helpers import (
+    DigitPad, LoRAExplorer, ParametrizationInspector, RichBoyNet, ScalingLab, as_mnist, load_mnist, pretrained_base, projector_mode,
+)  # fmt: skip
 from lora_helpers.data import MEAN, STD
 from lora_helpers.widgets.inspector import inspect
 from lora_helpers.widgets.scaling_lab import RANKS
@@ -78,8 +83,9 @@ def test_genuine_digits_traced_by_their_pixels_are_read(base, mnist):
 
 def test_the_pad_follows_drawing_switch_and_rank(explorer):
     pad = DigitPad(explorer)
-    assert pad.index == explorer.result.repaired[0] and pad.summary.startswith(f"LoRA on · rank {explorer.rank} · α ")
+    assert pad.index in explorer.result.repaired and "a 9" in pad.summary and pad.summary.startswith(f"LoRA on · rank {explorer.rank} · α ")
     pad.draw(NINE)
+    assert pad.index_field.description == "your drawing", "not: test image −1"
     assert pad.index == -1 and torch.equal(pad.image, as_mnist(NINE)) and "your drawing" in pad.summary and not pad.status
     assert pad.base.sum().item() == pytest.approx(1, abs=1e-5) and not torch.equal(pad.base, pad.adapted)
     before = pad.adapted
@@ -103,6 +109,16 @@ def test_the_pen(explorer):
     assert "nothing drawn yet" in pad.summary and not pad.base.any() and not pad.status
 
 
+def test_a_broken_pen_is_seen(explorer, monkeypatch):
+    pad = DigitPad(explorer)
+    with monkeypatch.context() as patch:
+        patch.setattr(pad.canvas, "stroke_line", lambda *points: 1 / 0)
+        pad._pen_down(100, 50)
+        assert "division by zero" in pad.status and pad.status in pad._trouble.value
+    pad.draw(NINE)
+    assert "your drawing" in pad.summary and not pad.status
+
+
 def test_test_images_are_picked_by_keyboard_and_by_button(explorer, mnist):
     pad = DigitPad(explorer)
     pad.index_field.value = 5
@@ -112,7 +128,7 @@ def test_test_images_are_picked_by_keyboard_and_by_button(explorer, mnist):
         assert pad.index in getattr(explorer.result, name)
     explorer.batches = 0
     pad.buttons["next broken"].click()
-    assert "no test image is broken" in pad.status
+    assert pad.status == "With these settings no test image is broken." and pad.status in pad._trouble.value
     explorer.batches = 100
     assert not pad.status
 
@@ -158,6 +174,10 @@ def test_the_inspector_moves_and_refuses():
     assert data["image/png"] and metadata["image/png"]["alt"] == panel.summary and not panel.status
     with pytest.raises(TraitError):
         panel.rank = 5
+    for alpha in (math.nan, math.inf):
+        with pytest.raises(TraitError):
+            panel.alpha = alpha
+    assert panel.result.alpha == panel.alpha == 1
     with pytest.raises(ValueError, match="must be 4 to 8"):
         ParametrizationInspector(nn.Linear(784, 1000))
 
@@ -192,3 +212,66 @@ def test_the_lab_remembers_and_its_rank_only_points(lab):
     assert data["image/png"] and metadata["image/png"]["alt"] == lab.summary
     with pytest.raises(TraitError):
         lab.rule = "α·r"
+    for alpha in (math.nan, math.inf):
+        with pytest.raises(TraitError):
+            lab.alpha = alpha
+
+
+def test_the_axes_of_the_lab_hold_every_curve_and_words_stand_clear(lab):
+    for alpha, rule in ((1 / 16, "α/r"), (64.0, "none")):
+        with lab._together():
+            lab.alpha, lab.rule = alpha, rule
+        lab._update()
+        lab._draw().png()
+        picture = lab._picture
+        low, high = picture._axes.get_ylim()
+        words = min(word.get_window_extent(picture._canvas.get_renderer()).y0 for word in picture._words)
+        for line in picture._lines:
+            assert low < min(line.get_ydata()) and max(line.get_ydata()) < high
+            assert picture._axes.transData.transform(line.get_xydata())[:, 1].max() < words
+    with lab._together():
+        lab.alpha, lab.rule = 1.0, "α/r"
+    lab._update()
+
+
+def test_the_lab_shows_how_far_it_is(lab):
+    moves, bar = [], lab._progress
+    bar.layout.observe(lambda change: moves.append((change.new, bar.value)), "visibility")
+    lab.alpha = 0.5
+    assert moves == [("visible", 1), ("hidden", len(RANKS))]
+
+
+def test_a_base_too_small_for_the_ranks_is_refused_by_both(mnist):
+    small = RichBoyNet(30, 40)
+    with pytest.raises(ValueError, match="rank"):
+        ScalingLab(small, mnist)
+    with pytest.raises(ValueError, match="rank"):
+        LoRAExplorer(small, mnist, rank=64)
+
+
+# ---------------------------------------------------------------- all four
+
+
+def test_the_projector_look_reaches_every_live_picture(explorer, lab):
+    pad, inspector = DigitPad(explorer), ParametrizationInspector()
+    moves = (explorer, "enabled", (False, True)), (pad, "index", (3, 4)), (inspector, "enabled", (False, True)), (lab, "rank", (8, 4))
+
+    def sizes():
+        found = []
+        for panel, trait, values in moves:
+            for value in values:
+                setattr(panel, trait, value)
+            image = Image.open(io.BytesIO(base64.b64decode(panel._image.value.split("base64,")[1].split('"')[0])))
+            assert f'width="{image.width}" height="{image.height}"' in panel._image.value
+            found.append((*image.size, image.tobytes()))
+        return found
+
+    usual = sizes()
+    try:
+        projector_mode()
+        large = sizes()
+    finally:
+        projector_mode(False)
+    for (width, height, _), (wide, high, _) in zip(usual, large):
+        assert wide == pytest.approx(1.35 * width, abs=1) and high == pytest.approx(1.35 * height, abs=1)
+    assert sizes() == usual

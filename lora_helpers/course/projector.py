@@ -21,8 +21,8 @@ _shown = []
 def projector_mode(on: bool = True) -> None:
     """Switches pictures, widgets and text to large type, or back.
 
-    Pictures drawn from now on are large, those of widgets at their next move. Text and widgets change at once, in this
-    browser tab, until the tab is reloaded or the call is taken back.
+    Pictures drawn from now on have large type. Those of panels grow as a whole at their next move, as far as the page is
+    wide. Text and widgets change at once, in this browser tab, until the tab is reloaded or the call is taken back.
 
     Raises:
         TypeError: `on` is not a bool.

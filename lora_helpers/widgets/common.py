@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
@@ -17,6 +18,16 @@ WRAP = widgets.Layout(flex_flow="row wrap")
 TEXT_STYLE = "display: block; line-height: 1.4; min-height: 2.8em; font-size: 1.1em"  # room for two lines, so that nothing jumps
 
 
+class Finite(traitlets.Float):
+    """A float trait that refuses NaN too, which is neither below `min` nor above `max`, nor equal to itself."""
+
+    def validate(self, obj, value):
+        value = super().validate(obj, value)
+        if math.isnan(value):
+            raise traitlets.TraitError(f"{self.name} is {value}; it must be a number from {self.min:g} to {self.max:g}.")
+        return value
+
+
 class Panel(widgets.VBox):
     """A column of controls, summary, picture and status.
 
@@ -24,7 +35,10 @@ class Panel(widgets.VBox):
 
     Attributes:
         summary: one line that says what the picture shows; also the picture's text alternative.
-        status: what went wrong at the last move, or "".
+        status: what went wrong at the last move, or a remark on it, or "".
+
+    Raises:
+        ValueError: the first picture could not be made.
     """
 
     summary = traitlets.Unicode()
@@ -33,6 +47,7 @@ class Panel(widgets.VBox):
     def __init__(self, controls: list[widgets.Widget], below: list[widgets.Widget] = (), beside: list[widgets.Widget] = ()):
         self._lock = RLock()  # JupyterLab may run callbacks on several threads at once
         self._shown = None
+        self._held = False
         self._watched, self._settled = (), {}  # the traits that move the panel, and their values when it was last brought up to date
         self._text, self._image, self._trouble = widgets.HTML(), widgets.HTML(), widgets.HTML()
         middle = widgets.HBox([*beside, self._image], layout=WRAP) if beside else self._image
@@ -54,48 +69,65 @@ class Panel(widgets.VBox):
     def _update(self, change=None) -> None:
         # Synchronous on purpose: the front end merges the moves made while this runs, so no work queues up. Where
         # moves come on several threads, each waits here, then finds the latest state already shown, or shows it.
-        with self._lock, self._trouble_shown():
-            state = self._state()
-            if state != self._shown:
-                try:
-                    self._refresh(state)
-                except BaseException:  # an interrupt too
-                    self._go_back(state)
-                    raise
-                self._shown = state
-                self._settled = {name: getattr(self, name) for name in self._watched}
+        with self._lock:
+            if self._held:
+                return
+            with self._trouble_shown():
+                state = self._state()
+                if state != self._shown:
+                    try:
+                        self._refresh(state)
+                    except BaseException:  # an interrupt too
+                        self._go_back(state)
+                        raise
+                    self._shown = state
+                    self._settled = {name: getattr(self, name) for name in self._watched}
 
     def _follow(self, *traits: str) -> None:
         """Brings the panel up to date whenever one of `traits` moves, and now."""
         self._watched = traits
         self.observe(self._update, names=list(traits))
         self._update()
+        if self.status:
+            raise ValueError(self.status)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        # traitlets tells of held changes one by one: without this, the first would train with the others' controls unmoved.
+        with self._lock:
+            self._held = True
+            try:
+                with self.hold_trait_notifications():
+                    yield
+            finally:
+                self._held = False
 
     def _go_back(self, failed) -> None:
         # The controls agree with the picture again, so that the same move can be made once more. A later move stands.
         if self._state() == failed:
-            with self.hold_trait_notifications():
+            with self._together():
                 for name, value in self._settled.items():
                     self.set_trait(name, value)
 
     @contextmanager
     def _trouble_shown(self) -> Iterator[None]:
+        self._tell("")
         try:
             yield
         except Exception as error:
-            self.status = f"Not updated: {error} ({type(error).__name__}). Set another value, or run the cell again."
+            self._tell(f"Not updated: {error} ({type(error).__name__}). Set another value, or run the cell again.")
         except KeyboardInterrupt:
-            self.status = "Not updated: interrupted. Set the value again."
+            self._tell("Not updated: interrupted. Set the value again.")
             raise
-        else:
-            self.status = ""
-        finally:
-            self._trouble.value = f'<div role="alert"><b>{html.escape(self.status)}</b></div>' if self.status else ""
+
+    def _tell(self, status: str) -> None:
+        self.status = status
+        self._trouble.value = f'<div role="alert"><b>{html.escape(status)}</b></div>' if status else ""
 
     def _show(self, picture: Picture, summary: str) -> None:
         # The size is fixed beforehand and decoding does not wait, so that nothing jumps or flickers.
-        width, height = (round(side * picture.dpi) for side in picture.get_size_inches())
         data = base64.b64encode(picture.png()).decode()
+        width, height = (round(side * picture.dpi) for side in picture.get_size_inches())
         self._image.value = (
             f'<img alt="{html.escape(summary)}" width="{width}" height="{height}" decoding="sync" src="data:image/png;base64,{data}" '
             'style="max-width: 100%; height: auto; border-radius: 4px; display: block">'
@@ -106,8 +138,6 @@ class Panel(widgets.VBox):
     def _repr_mimebundle_(self, **kwargs):
         data = super()._repr_mimebundle_(**kwargs)
         with self._lock:
-            if self._shown is None:  # the first computation failed; the status line says why
-                return data
             data["image/png"] = base64.b64encode(self._draw().png()).decode()
         return data, {"image/png": {"alt": self.summary}}
 

@@ -127,8 +127,7 @@ class DigitPad(Panel):
         self.image = self.base = self.adapted = None
         self._make_canvas()
         last = len(self._images) - 1
-        first = [*explorer.result.repaired.tolist(), 0][0]
-        self.set_trait("index", first if index is None else index)
+        self.set_trait("index", self._first_repaired() if index is None else index)
         self.index_field = tie(self, "index", widgets.BoundedIntText(
             self.index, min=-1, max=last, description="test image", tooltip="which test image; -1: your drawing", **FIELD
         ))  # fmt: skip
@@ -159,11 +158,15 @@ class DigitPad(Panel):
         button.on_click(lambda _: action())
         return button
 
+    def _first_repaired(self) -> int:
+        repaired, digit = self._explorer.result.repaired, self._explorer.result.settings.digit
+        learned = repaired[self._labels[repaired] == digit]
+        return [*learned.tolist(), *repaired.tolist(), 0][0]
+
     def _next(self, kind: str) -> None:
         places = getattr(self._explorer.result, kind)
         if not len(places):
-            with self._trouble_shown():
-                raise LookupError(f"With these settings no test image is {kind}")
+            self._tell(f"With these settings no test image is {kind}.")
             return
         later = places[places > self.index]
         self.index = (later if len(later) else places)[0].item()
@@ -183,7 +186,7 @@ class DigitPad(Panel):
         self.canvas.on_touch_cancel(lambda points: self._pen_up())
 
     def _pen_down(self, x: float, y: float) -> None:
-        with self._lock:
+        with self._lock, self._trouble_shown():
             if self.index >= 0:  # the first stroke takes the test image away
                 self.clear()
             self._drawing = True
@@ -191,7 +194,7 @@ class DigitPad(Panel):
             self.canvas.stroke_line(x, y, x, y)
 
     def _pen_move(self, x: float, y: float) -> None:
-        with self._lock:
+        with self._lock, self._trouble_shown():
             if self._drawing:
                 self.canvas.stroke_line(*self._strokes[-1][-1], x, y)
                 self._strokes[-1].append((x, y))
@@ -221,6 +224,7 @@ class DigitPad(Panel):
             what = f"test image {index}, a {self._labels[index]}" if index >= 0 else "your drawing"
             text = f"{what} · the base says {_answer(self.base)} · now {_answer(self.adapted)}"
         switch = "LoRA on" if enabled else "LoRA off"
+        self.index_field.description = "test image" if index >= 0 else "your drawing"
         self._arguments = self.image, self.base, self.adapted, switch, f"{switch} · rank {settings.rank} · α {settings.alpha:g} · {text}"
         self._show(self._picture.update(*self._arguments), self._arguments[-1])
 

@@ -5,11 +5,12 @@ import time
 
 import ipywidgets as widgets
 import traitlets
+from torch import nn
 
 from lora_helpers.data import Mnist
 from lora_helpers.finetuning import STOPS, FineTuner, FineTuning, Settings
 from lora_helpers.model import RichBoyNet
-from lora_helpers.widgets.common import FIELD, WRAP, Panel, paired, powers_of_two, stops, tie
+from lora_helpers.widgets.common import FIELD, WRAP, Finite, Panel, paired, powers_of_two, stops, tie
 from lora_helpers.widgets.explorer_picture import ExplorerPicture, summarise
 
 SHARES = (0.0, 0.1, 0.2, 0.5, 0.8)
@@ -33,7 +34,7 @@ class LoRAExplorer(Panel):
     """
 
     rank = traitlets.Int(1, min=1, max=64)
-    alpha = traitlets.Float(1.0, min=1 / 16, max=64.0)
+    alpha = Finite(1.0, min=1 / 16, max=64.0)
     batches = traitlets.Enum(STOPS, 100)
     digit = traitlets.Int(9, min=0, max=9)
     share = traitlets.Enum(SHARES, 0.0)
@@ -45,7 +46,8 @@ class LoRAExplorer(Panel):
 
     def __init__(self, base: RichBoyNet, mnist: Mnist, **settings):
         self.tuner = FineTuner(base, mnist)
-        self._picture = ExplorerPicture(mnist.test)
+        self._ranks = {name: min(layer.weight.shape) for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
+        self._picture = ExplorerPicture(mnist.test, self._ranks)
         self._follower = None
         self._tiles = widgets.HTML()
         self._progress = widgets.IntProgress(layout=widgets.Layout(width="190px", visibility="hidden"), description="training")
@@ -56,8 +58,6 @@ class LoRAExplorer(Panel):
             setattr(self, name, value)
         self.children = (*self._make_controls(), *self.children)
         self._follow(*Settings.__dataclass_fields__, "enabled")
-        if self.status:
-            raise ValueError(self.status)
 
     @property
     def settings(self) -> Settings:
@@ -66,9 +66,10 @@ class LoRAExplorer(Panel):
 
     def apply(self, settings: Settings) -> None:
         """Moves all controls at once, with at most one training."""
-        with self.hold_trait_notifications():
+        with self._together():
             for name in Settings.__dataclass_fields__:
                 setattr(self, name, getattr(settings, name))
+        self._update()
 
     def attach(self, follower) -> None:
         """Calls `follower(change)` after every move, in place of the follower before it: a cell run twice leaves no old one."""
@@ -152,7 +153,7 @@ class LoRAExplorer(Panel):
         return progress
 
     def _draw(self) -> ExplorerPicture:
-        picture = ExplorerPicture(self.tuner.mnist.test, caption=True)
+        picture = ExplorerPicture(self.tuner.mnist.test, self._ranks, caption=True)
         return picture.update(self.result, self._shown[1], self.summary)
 
 

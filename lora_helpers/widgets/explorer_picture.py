@@ -11,6 +11,8 @@ from lora_helpers.widgets.pictures import LivePicture, signed
 
 LAYER_STYLES = ((BEFORE, "o"), ("#D55E00", "s"), ("#009E73", "^"))  # Okabe and Ito's palette, and a shape each
 STRIP = 12  # images repaired, and as many broken, that are shown
+PALE = 0.35  # what LoRA would do if it were on
+ORIGINS = {"just tested": "trained before, tested just now"}  # in words that explain themselves
 ZERO = 1e-3  # where a logarithmic axis draws zero, and all below
 
 
@@ -28,7 +30,7 @@ def summarise(result: FineTuning, enabled: bool, origin: str = "") -> str:
             f"others wrong {_change(_others(result.off, s.digit), _others(now, s.digit))}",
             f"accuracy {result.off.accuracy:.1%} → {now.accuracy:.1%}",
             f"{result.trainable:,} trained parameters ({result.trainable / result.base_parameters:.2%} of the base)",
-            f"seed {s.seed}" + (f", {origin}" if origin else ""),
+            f"seed {s.seed}" + (f", {ORIGINS.get(origin, origin)}" if origin else ""),
         ]
     )
 
@@ -38,12 +40,14 @@ class ExplorerPicture(LivePicture):
 
     Args:
         test: the test set whose images are shown.
+        ranks: the highest rank that the ΔW of each layer can have.
         caption: leaves room for the summary, for places where no text stands beside the picture.
     """
 
-    def __init__(self, test: TensorDataset, caption: bool = False):
+    def __init__(self, test: TensorDataset, ranks: dict[str, int], caption: bool = False):
         super().__init__(11, 4.55, caption)
         self._images, self._labels = test.tensors
+        self._ranks = ranks
         self._make_bars()
         self._base_map, self._now_map = self._make_map(4.95, "base"), self._make_map(7.2, "LoRA on")
         axes, image, numbers = self._now_map
@@ -59,7 +63,7 @@ class ExplorerPicture(LivePicture):
             for shift, color, hatch in ((-0.2, BEFORE, ""), (0.2, AFTER, "///"))
         ]
         self._changes = [axes.text(digit, 0, "", ha="center", va="bottom", fontsize=9.5) for digit in digits]
-        self._learned = axes.text(0, -0.085, "▲ learned", ha="center", va="top", fontsize=9, transform=axes.get_xaxis_transform())
+        self._learned = axes.text(0, -0.085, "▲\nlearned", ha="center", va="top", fontsize=9, linespacing=1, transform=axes.get_xaxis_transform())
         axes.set(xlim=(-0.6, 9.6), xticks=digits)
         axes.tick_params(labelsize=10, length=0)
         axes.set_title("wrong answers per digit", loc="left", fontsize=11)
@@ -111,18 +115,18 @@ class ExplorerPicture(LivePicture):
         now, label = (result.on, "LoRA on") if enabled else (result.off, "LoRA off")
         self.describe(summary)
         self._update_bars(result, now, label)
-        if self._background is None:  # the base stays the same
+        if self._background is None:  # the base stays the same, its shades too
             _fill_map(self._base_map, result.off)
         _fill_map(self._now_map, now)
         self._now_map[0].title.set_text(f"mistakes, {label}")
         self._update_spectrum(result, enabled)
-        for strip, indices, verb in zip(self._strips, (result.repaired, result.broken), ("repaired", "broken")):
-            self._update_strip(strip, indices if enabled else indices[:0], verb, result)
+        for strip, indices, (done, would) in zip(self._strips, (result.repaired, result.broken), (("repaired", "repair"), ("broken", "break"))):
+            self._update_strip(strip, indices, f"{done} by LoRA:" if enabled else f"LoRA on would {would}", result, enabled)
         return self
 
     def _update_bars(self, result, now, label):
         heights = result.off.wrong_counts, now.wrong_counts
-        top = max(*heights[0], *heights[1], 10)
+        top = max(*result.off.wrong_counts, *result.on.wrong_counts, 10)  # whatever the switch: the base's bars keep their height
         self._axes_bars.set_ylim(0, top * 1.1)
         self._learned.set_x(result.settings.digit)
         for bars, values in zip(self._bars, heights):
@@ -135,14 +139,15 @@ class ExplorerPicture(LivePicture):
 
     def _update_spectrum(self, result, enabled):
         for points, text, (name, values) in zip(self._points, self._norms, result.singular_values.items()):
-            heights = np.full(64, ZERO)
+            heights = np.full(min(64, self._ranks[name]), ZERO)
             heights[: len(values)] = values.clamp(min=ZERO)
-            points.set_data(np.arange(1, 65), heights)
-            points.set_alpha(1 if enabled else 0.25)  # there, but not added to the weights
-            text.set_text(f"{name} ‖ΔW‖ {values.norm():.1f}")
+            points.set_data(np.arange(1, len(heights) + 1), heights)
+            points.set_alpha(1 if enabled else PALE)  # there, but not added to the weights
+            norm = values.norm().item()
+            text.set_text(f"{name} ‖ΔW‖ " + (f"{norm:.1f}" if norm >= 1 else f"{norm:.2g}"))
         self._edge.set_xdata([result.settings.rank * 1.1] * 2)
 
-    def _update_strip(self, strip, indices, verb, result):
+    def _update_strip(self, strip, indices, words, result, enabled):
         heading, image, answers = strip
         places = torch.linspace(0, len(indices) - 1, min(STRIP, len(indices))).round().long()
         chosen = indices[places].tolist()
@@ -154,14 +159,16 @@ class ExplorerPicture(LivePicture):
         for text in answers[len(chosen) :]:
             text.set_text("")
         image.set_data(mosaic)
+        image.set_alpha(1 if enabled else PALE)
         explained = f", {len(chosen)} shown" if len(chosen) < len(indices) else ""
-        heading.set_text(f"{verb} by LoRA: {len(indices):,}{explained}" + (" (base's answer → LoRA's)" if chosen else ""))
+        heading.set_text(f"{words} {len(indices):,}{explained}" + (" (base's answer → LoRA's)" if chosen else ""))
 
 
 def _fill_map(part, shown: Evaluation) -> None:
     _, image, numbers = part
     mistakes = shown.confusion.clone().fill_diagonal_(0).numpy()
-    shades = np.sqrt(mistakes / max(mistakes.max(), 1))  # the root, so that rare mistakes are seen too
+    most = shown.confusion.sum(dim=1).max().item()  # all images of a digit: in every map, one shade is one number
+    shades = np.sqrt(mistakes / most)  # the root, so that rare mistakes are seen too
     image.set_data(shades)
     for text, count, shade in zip(numbers.flat, mistakes.flat, shades.flat):
         text.set_text(str(count) if count else "")

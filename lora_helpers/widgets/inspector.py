@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lora_helpers.lora import add_lora, freeze_base, lora_disabled, lora_layers
 from lora_helpers.plots import AFTER, BEFORE
-from lora_helpers.widgets.common import FIELD, WRAP, Panel, paired, powers_of_two, tie
+from lora_helpers.widgets.common import FIELD, WRAP, Finite, Panel, paired, powers_of_two, tie
 from lora_helpers.widgets.pictures import LivePicture
 
 MAX_RANK, MAX_STEPS = 4, 200
@@ -129,7 +129,7 @@ class ParametrizationInspector(Panel):
     """
 
     rank = traitlets.Int(1, min=1, max=MAX_RANK)
-    alpha = traitlets.Float(1.0, min=1 / 4, max=16.0)
+    alpha = Finite(1.0, min=1 / 4, max=16.0)
     steps = traitlets.Int(50, min=0, max=MAX_STEPS)
     enabled = traitlets.Bool(True)
     result = traitlets.Instance(Inspection, allow_none=True)

@@ -7,7 +7,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imsave
 from matplotlib.text import Text
 
+from lora_helpers import plots
 from lora_helpers.plots import Picture
+
+DPI = 100
 
 
 class LivePicture(Picture):
@@ -22,7 +25,7 @@ class LivePicture(Picture):
 
     def __init__(self, width: float, height: float, caption: bool):
         self._width, self._height = width, height + (0.5 if caption else 0)
-        super().__init__("", figsize=(self._width, self._height), dpi=100)
+        super().__init__("", figsize=(self._width, self._height), dpi=DPI)
         self.set_layout_engine("none")
         self._canvas, self._background = FigureCanvasAgg(self), None
         self._caption = self._write(0.1, self._height - 0.06, va="top", fontsize=10, linespacing=1.5)
@@ -40,6 +43,10 @@ class LivePicture(Picture):
         self._caption.set_text("\n".join(lines))
 
     def png(self) -> bytes:
+        dpi = DPI * plots._type_scale  # all grows, for larger type alone would not fit: the places are fixed
+        if self.dpi != dpi:
+            self.set_dpi(dpi)
+            self._background = None
         renderer = self._canvas.get_renderer()
         if self._background is None:
             for artist in self._moving:

@@ -8,13 +8,13 @@ from lora_helpers.data import Mnist
 from lora_helpers.finetuning import FineTuner, FineTuning, Settings
 from lora_helpers.model import RichBoyNet
 from lora_helpers.scaling import alpha_for, slope
-from lora_helpers.widgets.common import FIELD, WRAP, Panel, paired, powers_of_two, tie
+from lora_helpers.widgets.common import FIELD, WRAP, Finite, Panel, paired, powers_of_two, tie
 from lora_helpers.widgets.pictures import LivePicture
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 RULES = {"none": "α", "α/r": "α/r", "α/√r": "α/√r"}  # as learners say it, and as lora_helpers.scaling does
 CURVES = (("‖BA‖", "#0072B2", "o", "--", "●"), ("scale", "#D55E00", "s", ":", "■"), ("product, ‖ΔW‖", "#009E73", "^", "-", "▲"))
-LOW, HIGH = 1e-3, 1e4
+LOW, HIGH = 5e-4, 1e6  # from α/r at its least; above the highest curve there is room for words
 
 
 class ScalingPicture(LivePicture):
@@ -29,19 +29,19 @@ class ScalingPicture(LivePicture):
                        for row, curve in enumerate(CURVES)]  # fmt: skip
         self._title = axes.text(0, 1.04, "", fontsize=11, transform=axes.transAxes)
         right = self._place(6.3, 0.5, 4.5, 2.75)
-        right.set(xscale="log", xlim=(0.85, 75), ylim=(-3, 103))
+        right.set(xscale="log", xlim=(0.85, 75), ylim=(-3, 122), yticks=range(0, 101, 20))
         right.set_title("what the network does: wrong answers, %", loc="left", fontsize=11)
         self._nines = right.plot([], [], "-D", color="#CC79A7", markersize=6)[0]
         self._others = right.plot([], [], "--v", color="#000000", markersize=6)[0]
-        self._right_words = [right.text(1, 90 - 8 * row, "", fontsize=10, va="top", color=c) for row, c in enumerate(("#CC79A7", "black"))]
+        self._right_words = [right.text(x, 111, "", fontsize=11, va="center", color=c) for x, c in ((1, "#CC79A7"), (4, "black"))]
         self._marks = []
-        for part in (axes, right):
+        for part, top in ((axes, 0.73), (right, 0.83)):  # the mark leaves the words alone
             part.set_xticks(RANKS, [str(rank) for rank in RANKS])
             part.minorticks_off()
             part.set_xlabel("rank r", fontsize=10)
             part.tick_params(labelsize=9)
             part.grid(color="0.9")
-            self._marks.append(part.axvline(1, color="0.4", linewidth=1, linestyle="-."))
+            self._marks.append(part.axvline(1, ymax=top, color="0.4", linewidth=1, linestyle="-."))
         self._moving += [*self._marks, *self._lines, *self._words, self._title, self._nines, self._others, *self._right_words]
 
     def update(self, results: list[FineTuning], scales: list[float], layer: str, rank: int, summary: str) -> "ScalingPicture":
@@ -72,7 +72,7 @@ class ScalingLab(Panel):
     """
 
     rank = traitlets.Enum(RANKS, 4)
-    alpha = traitlets.Float(1.0, min=1 / 16, max=64.0)
+    alpha = Finite(1.0, min=1 / 16, max=64.0)
     rule = traitlets.Enum(tuple(RULES), "α/r")
     layer = traitlets.Enum(("linear1", "linear2", "linear3"), "linear2")
     results = traitlets.Dict()
