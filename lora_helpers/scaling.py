@@ -54,6 +54,18 @@ def slope(ranks: Sequence[float], values: Sequence[float]) -> float:
     return (x @ y / (x @ x)).item()
 
 
+def slope_of_means(pairs: Iterable[tuple[int, float]]) -> float:
+    """The exponent of r in the mean of the values of each rank, from (rank, value); nan where a mean is not positive.
+
+    The logarithm of one draw lies below that of the mean, most of all at low ranks: `slope` of each draw inherits that, this does not.
+    """
+    groups: dict[int, list[float]] = {}
+    for rank, value in pairs:
+        groups.setdefault(rank, []).append(value)
+    means = [mean(values) for values in groups.values()]
+    return slope(list(groups), means) if min(means) > 0 else math.nan
+
+
 def break_even_rank(in_features: int, out_features: int) -> float:
     """The rank at which A and B hold as many numbers as the weight: in · out / (in + out)."""
     return in_features * out_features / (in_features + out_features)
@@ -307,13 +319,20 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 # ---------------------------------------------------------------- full fine-tuning and its low-rank part
 
 
-def full_fine_tuning(base: nn.Module, mnist: Mnist, *, lr: float = 1e-3, batches: int = 100, digit: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+def full_fine_tuning(
+    base: nn.Module, mnist: Mnist, *, lr: float = 1e-3, batches: int = 100, digit: int = 9, seed: int = 0, progress: bool = True
+) -> dict[str, torch.Tensor]:
     """ΔW of each `Linear` layer when weights (not biases, which LoRA leaves alone too) are all trained with Adam."""
     net = copy.deepcopy(base)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name.endswith("weight"))
-    train(net, only_digit(mnist.train, digit), max_batches=batches, lr=lr, seed=seed, progress=False)
+    train(net, only_digit(mnist.train, digit), max_batches=batches, lr=lr, seed=seed, progress=progress)
     return {name: (net.get_submodule(name).weight - base.get_submodule(name).weight).detach() for name in WEIGHTS}
+
+
+def parts_along(updates: dict[str, torch.Tensor], directions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of each ΔW its part along the direction D of that layer: ⟨ΔW, D⟩ / ‖D‖² · D."""
+    return {name: (delta * directions[name]).sum() / directions[name].square().sum() * directions[name] for name, delta in updates.items()}
 
 
 @torch.no_grad()
@@ -348,13 +367,14 @@ def spectra(base: nn.Module, updates: dict[str, torch.Tensor]) -> dict[str, dict
 
 
 def twins_apart(
-    base: nn.Module, mnist: Mnist, *, c: float = 3.0, rescale_A: bool = True, optimizer: str = "Adam", steps: int = 20, rank: int = 4, digit: int = 9
-) -> float:
+    base: nn.Module, mnist: Mnist, *, c: float = 3.0, rescale_A: bool = True, optimizer: str = "Adam", steps: int = 20, rank: int = 4, digit: int = 9,
+    eps: float = 1e-30,
+) -> float:  # fmt: skip
     """Trains two adapters that ought to agree, in float64, and returns how far apart their ΔW are, relative to the first.
 
     The twin has α and the learning rate exchanged. With `rescale_A`, exactly: scale c²·s, initial A divided by c, rate
     η/c under Adam or η/c² under SGD. Without, roughly: scale c·s and rate η/c (Adam) or η/c² (SGD), A as it was.
-    Adam's epsilon is taken away (1e-30), for it alone breaks the symmetry.
+    Adam's epsilon, `eps`, is as good as taken away, for it alone breaks the symmetry; PyTorch's default is 1e-8.
     """
     exponent = {"Adam": 1, "SGD": 2}[optimizer]
     nines, updates = only_digit(mnist.train, digit), []
@@ -364,7 +384,7 @@ def twins_apart(
         for adapter in adapters:
             adapter.lora_A.data.mul_(a_factor)
         data = TensorDataset(nines.tensors[0].double(), nines.tensors[1])
-        train(net, data, max_batches=steps, lr=lr, seed=0, progress=False, optimizer_class=_exact(optimizer))
+        train(net, data, max_batches=steps, lr=lr, seed=0, progress=False, optimizer_class=_exact(optimizer, eps))
         updates.append([adapter.delta.detach() for adapter in adapters])
     return _norm_of([x - y for x, y in zip(*updates)]) / _norm_of(updates[0])
 
@@ -374,13 +394,15 @@ def twins_apart(
 
 @dataclass(frozen=True)
 class Curve:
-    """A long training. At each batch the loss, and the norm of the gradient in A and B together (the signal backwards);
-    at the end the root mean square of what the first layer's adapter adds, ΔW₁x (the signal forwards), and the accuracy."""
+    """A long training. At each batch the loss, and the norm of the gradient in A and B together. At the end, on the test
+    images, the accuracy and the two signals through the adapter of `linear2`, as root mean squares: forwards what it adds to
+    the layer's output, ΔWx, and backwards what it adds to the gradient of an image's loss in the layer's input, ΔWᵀ∂L/∂(Wx)."""
 
     setting: Setting
     losses: list[float] = field(repr=False)
     gradients: list[float] = field(repr=False)
     forwards: float
+    backwards: float
     accuracy: float
 
 
@@ -391,24 +413,42 @@ def shuffled_pixels(mnist: Mnist, seed: int = 0) -> Mnist:
     return Mnist(*parts, mnist.source)
 
 
-def learning_curves(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], *, batches: int = 300) -> list[Curve]:
-    """Trains on all digits of `mnist` for many batches, all settings side by side; one curve for each."""
+def learning_curves(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], *, batches: int = 300, progress: bool = True) -> list[Curve]:
+    """Trains on all digits of `mnist` for many batches, all settings side by side; one curve for each, with a progress bar.
+
+    Source: the two signals are those of Kalajdzievski, arXiv 2312.03732, definition 3.1.
+    """
     settings = list(settings)
     nets = [start_lora(base, setting) for setting in settings]
     gradients = [[] for _ in settings]
+    with tqdm(total=batches, disable=not progress, unit="batch") as bar:
 
-    def measure(batch: int) -> None:
-        for net, own in zip(nets, gradients):
-            own.append(_norm_of([p.grad for adapter in _adapters(net).values() for p in adapter.parameters()]))
+        def measure(batch: int) -> None:
+            for net, own in zip(nets, gradients):
+                own.append(_norm_of([p.grad for adapter in _adapters(net).values() for p in adapter.parameters()]))
+            bar.update()
 
-    losses = _train_together(nets, settings, mnist.train, batches, measure)
-    pixels = mnist.test.tensors[0].flatten(start_dim=1)
+        losses = _train_together(nets, settings, mnist.train, batches, measure)
     curves = []
     for setting, net, own_losses, own_gradients in zip(settings, nets, losses, gradients):
-        added = pixels.to(net.linear3.bias.device) @ _adapters(net)["linear1"].delta.detach().T
-        forwards = added.square().mean().sqrt().item()
-        curves.append(Curve(setting, own_losses, own_gradients, forwards, evaluate(net, mnist.test).accuracy))
+        signals = _signals(net, mnist.test)
+        curves.append(Curve(setting, own_losses, own_gradients, *signals, evaluate(net, mnist.test).accuracy))
     return curves
+
+
+def _signals(net: nn.Module, dataset: TensorDataset, layer: str = "linear2") -> tuple[float, float]:
+    seen = []
+    watch = net.get_submodule(layer).register_forward_hook(lambda _, inputs, output: seen.extend((*inputs, output)))
+    try:
+        images, labels = (t.to(net.linear3.bias.device) for t in as_tensors(dataset))
+        loss = F.cross_entropy(net(images), labels, reduction="sum")
+    finally:
+        watch.remove()
+    x, output = seen
+    (gradient,) = torch.autograd.grad(loss, output)
+    delta = _adapters(net)[layer].delta
+    with torch.no_grad():
+        return tuple(added.square().mean().sqrt().item() for added in (x @ delta.T, gradient @ delta))
 
 
 # ---------------------------------------------------------------- what it costs
@@ -496,10 +536,8 @@ def _order(size: int, seed: int, batch_size: int = 10) -> Iterator[torch.Tensor]
         yield from torch.randperm(size, generator=generator).split(batch_size)
 
 
-def _exact(optimizer: str) -> Callable[..., torch.optim.Optimizer]:
-    if optimizer == "SGD":
-        return torch.optim.SGD
-    return lambda parameters, lr, fused: torch.optim.Adam(parameters, lr=lr, fused=fused, eps=1e-30)
+def _exact(optimizer: str, eps: float) -> Callable[..., torch.optim.Optimizer]:
+    return torch.optim.SGD if optimizer == "SGD" else partial(torch.optim.Adam, eps=eps)
 
 
 @torch.no_grad()
@@ -576,7 +614,7 @@ def main() -> None:
         for key in norms:
             print(f"{key[0]:4} · scale {key[1]:4} · ‖ΔW‖ {spread(norms[key])} · ⟨−ΔW, G⟩ {spread(useful[key])}")
 
-    directions = full_fine_tuning(base, mnist, lr=1e-4)
+    directions = full_fine_tuning(base, mnist, lr=1e-4, progress=False)
     for common in ({}, {"optimizer": "SGD", "lr": 1e-2}, {"start": "kaiming"}):
         runs = sweep(base, mnist, ladder(seeds=range(options.seeds), **common), at=(1, 5, 25), directions=directions)
         print(f"\n{runs[0].setting.optimizer}, {STARTS[runs[0].setting.start]}, learning rate {runs[0].setting.lr:g}, {options.seeds} seeds")

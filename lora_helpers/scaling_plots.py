@@ -25,8 +25,8 @@ def plot_spectra(spectra: dict[str, dict[str, torch.Tensor]]) -> Picture:
     for axes, (name, kinds) in zip(figure.subplots(1, len(spectra), sharey=True), spectra.items()):
         for (kind, values), (color, _, line) in zip(kinds.items(), reversed(_STYLE.values())):
             axes.semilogy(range(1, len(values) + 1), values / values[0], line, color=color, label=kind, linewidth=2)
-            share = (values[:10].square().sum() / values.square().sum()).item()
-            said.append(f"{name}, {kind}: the ten largest hold {share:.0%} of the squares")
+            share = (values[:4].square().sum() / values.square().sum()).item()
+            said.append(f"{name}, {kind}: the four largest hold {share:.0%} of the squares")
         axes.set(title=name, xlabel="number of the singular value", xscale="log", ylim=(1e-4, 1.5))
     axes.legend(frameon=False, fontsize=8)
     figure.axes[0].set_ylabel("singular value / largest")
@@ -158,22 +158,27 @@ def plot_grids(groups: dict[str, Sequence[Run]]) -> Picture:
 
 
 def plot_curves(curves: Sequence[Curve], window: int = 20) -> Picture:
-    """Loss and gradient norm over a long training, running means; one column for each rule, one line for each rank."""
-    rules = list(dict.fromkeys(c.setting.rule for c in curves))
-    figure = Picture("", figsize=(4.5 * len(rules), 5))
+    """Loss and gradient norm over a long training, running means; one column for each optimizer and rule, one line for each rank."""
+    kinds = list(dict.fromkeys((c.setting.optimizer, c.setting.rule) for c in curves))
+    looks = dict(zip(sorted({c.setting.rank for c in curves}), reversed(_STYLE.values())))
+    figure = Picture("", figsize=(1.5 + 2.4 * len(kinds), 4.6))
     said = []
-    axes = figure.subplots(2, len(rules), sharex=True, sharey="row", squeeze=False)
-    for column, rule in enumerate(rules):
-        for curve, (color, marker, line) in zip([c for c in curves if c.setting.rule == rule], reversed(_STYLE.values())):
+    axes = figure.subplots(2, len(kinds), sharex=True, sharey="row", squeeze=False)
+    for column, (optimizer, rule) in enumerate(kinds):
+        for curve in [c for c in curves if (c.setting.optimizer, c.setting.rule) == (optimizer, rule)]:
+            color, marker, line = looks[curve.setting.rank]
             for row, values in enumerate((curve.losses, curve.gradients)):
                 smooth = torch.tensor(values).unfold(0, window, 1).mean(dim=1)
                 axes[row, column].plot(range(window, len(values) + 1), smooth, line, color=color, marker=marker, markevery=0.2, label=f"r = {curve.setting.rank}")
-            said.append(f"{_NAMES[rule]}, rank {curve.setting.rank}: loss at the end {end(curve.losses, window):.2f}, gradient {end(curve.gradients, window):.2g}")
-        axes[0, column].set_title(_NAMES[rule])
+            said.append(
+                f"{optimizer}, {_NAMES[rule]}, rank {curve.setting.rank}: "
+                f"loss at the end {end(curve.losses, window):.2f}, gradient {end(curve.gradients, window):.2g}"
+            )
+        axes[0, column].set_title(f"{optimizer}, {_NAMES[rule]}")
         axes[1, column].set(xlabel="batch", yscale="log")
     axes[0, 0].set_ylabel("loss")
     axes[1, 0].set_ylabel("norm of the gradient in A and B")
-    axes[0, -1].legend(frameon=False)
+    axes[0, 0].legend(frameon=False)
     figure.alt = "; ".join(said)
     return figure
 

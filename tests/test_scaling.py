@@ -46,6 +46,12 @@ def test_slope_finds_an_exponent_and_refuses_what_has_none():
             scaling.slope(ranks, values)
 
 
+def test_the_exponent_of_the_mean_is_not_tilted_by_one_unlucky_draw():
+    pairs = [(r, r * luck) for r in RANKS for luck in ((1e-3, 1.999) if r == 1 else (1, 1))]
+    assert scaling.slope_of_means(pairs) == pytest.approx(1, abs=1e-3)
+    assert math.isnan(scaling.slope_of_means([(1, -1.0), (1, 0.5), (4, 2.0)]))
+
+
 @pytest.mark.parametrize("n_in, n_out, rank", [(784, 1000, 439.46), (1000, 2000, 666.67), (2000, 10, 9.95)])
 def test_break_even_rank_is_where_a_and_b_hold_as_much_as_the_weight(n_in, n_out, rank):
     exact = scaling.break_even_rank(n_in, n_out)
@@ -119,6 +125,7 @@ def test_scale_start_and_learning_rate_have_an_exact_symmetry(mnist, optimizer):
     assert scaling.twins_apart(small, mnist, c=3, optimizer=optimizer, steps=20) < 1e-12
     if optimizer == "Adam":
         assert scaling.twins_apart(small, mnist, c=3, optimizer=optimizer, steps=20, rescale_A=False) > 1e-3
+        assert 1e-9 < scaling.twins_apart(small, mnist, c=3, optimizer=optimizer, steps=20, eps=1e-8) < 0.1
 
 
 def test_the_best_low_rank_part_is_of_that_rank_and_beats_any_other():
@@ -127,6 +134,48 @@ def test_the_best_low_rank_part_is_of_that_rank_and_beats_any_other():
         assert torch.linalg.matrix_rank(part) == rank
         missing = torch.linalg.svdvals(matrix)[rank:].norm()
         assert (matrix - part).norm() == pytest.approx(missing.item(), abs=1e-4)
+
+
+def test_singular_values_of_the_three_kinds(base):
+    updates = {name: torch.outer(torch.ones(len(w)), torch.ones(w.shape[1])) for name, w in ((n, base.get_submodule(n).weight) for n in scaling.WEIGHTS)}
+    for name, kinds in scaling.spectra(base, updates).items():
+        weight = base.get_submodule(name).weight.detach()
+        assert list(kinds) == ["ΔW", "W", "random"] and all(len(values) == min(weight.shape) for values in kinds.values())
+        assert kinds["ΔW"][0] == pytest.approx(weight.numel() ** 0.5, rel=1e-4) and kinds["ΔW"][1:].max() < 1e-4 * kinds["ΔW"][0]
+        assert torch.allclose(kinds["W"], torch.linalg.svdvals(weight), atol=1e-4)
+
+
+def test_the_part_along_and_the_rest_are_perpendicular_and_make_the_whole():
+    draw = torch.Generator().manual_seed(0)
+    delta, direction = ({"layer": torch.randn(6, 5, generator=draw)} for _ in range(2))
+    part = scaling.parts_along(delta, direction)["layer"]
+    assert ((delta["layer"] - part) * direction["layer"]).sum().abs() < 1e-5
+    assert torch.linalg.matrix_rank(torch.stack([part.flatten(), direction["layer"].flatten()])) == 1
+
+
+@pytest.mark.parametrize("alike, cosine", [(True, 1), (False, 0)])
+def test_mean_cosine_of_copies_and_of_perpendicular_terms(alike, cosine):
+    adapter = LoRAParametrization(4, 4, rank=4)
+    with torch.no_grad():
+        for tensor in (adapter.lora_A, adapter.lora_B):
+            tensor.copy_(torch.ones(4, 4) if alike else torch.eye(4))
+    assert scaling.mean_cosine(adapter) == pytest.approx(cosine, abs=1e-6)
+
+
+def test_a_curve_holds_the_two_signals_through_the_adapter(mnist):
+    torch.manual_seed(0)
+    small, settings = RichBoyNet(40, 30), [Setting(4, 16, start="kaiming"), Setting(4, 16, start="kaiming", optimizer="SGD", lr=1e-2)]
+    for setting, curve in zip(settings, scaling.learning_curves(small, mnist, settings, batches=5, progress=False)):
+        net = scaling.start_lora(small, setting)
+        losses = train(net, mnist.train, max_batches=5, lr=setting.lr, seed=0, progress=False, optimizer_class=scaling.OPTIMIZERS[setting.optimizer])
+        assert curve.losses == pytest.approx(losses, rel=1e-3) and len(curve.gradients) == 5
+        images, labels = mnist.test.tensors
+        x = net.relu(net.linear1(images.flatten(1))).detach()
+        z = net.linear2(x).detach().requires_grad_()
+        torch.nn.functional.cross_entropy(net.linear3(net.relu(z)), labels, reduction="sum").backward()
+        delta = net.linear2.parametrizations.weight[0].delta.detach()
+        assert curve.forwards == pytest.approx((x @ delta.T).square().mean().sqrt().item(), rel=1e-2)
+        assert curve.backwards == pytest.approx((z.grad @ delta).square().mean().sqrt().item(), rel=1e-2)
 
 
 def test_product_norm_is_that_of_the_product():
@@ -234,6 +283,23 @@ def test_the_ordering_of_the_table_on_the_sample(sample_runs):
     assert abs(accuracy["α/r", 64] - accuracy["α/r", 16]) < 0.06
     assert norm["α/r", 64] < norm["α/√r", 64] < norm["α", 64]
     assert norm["α/r", 64] < 0.5 * norm["α/r", 4] and norm["α", 64] > 1.2 * norm["α", 4]
+
+
+def test_along_full_fine_tuning_alpha_over_r_is_level_and_no_scale_grows(base, mnist):
+    directions = scaling.full_fine_tuning(base, mnist, lr=1e-4, progress=False)
+    settings = scaling.ladder(ranks=(4, 64), rules=("α", "α/r"), seeds=(0, 1, 2))
+    runs = scaling.sweep(base, mnist, settings, directions=directions, progress=False)
+    for layer in ("linear1", "linear2"):
+        along = {(rule, rank): average(runs, rule, rank, lambda r: r.final[layer].along) for rule in ("α", "α/r") for rank in (4, 64)}
+        assert 0.5 < along["α/r", 64] / along["α/r", 4] < 2 and along["α", 64] > 2 * along["α", 4]
+
+
+def test_alpha_against_the_learning_rate_once_under_adam_and_squared_under_sgd(base, mnist):
+    for optimizer, lr, power in (("Adam", 2.5e-4, 1), ("SGD", 2.5e-3, 2)):
+        settings = [Setting(4, 4, optimizer=optimizer, lr=lr), *(Setting(4, 1, optimizer=optimizer, lr=lr * 4**p) for p in (1, 2))]
+        corner, *others = (run.accuracy for run in scaling.sweep(base, mnist, settings, progress=False))
+        gaps = [abs(corner - other) for other in others]
+        assert gaps.index(min(gaps)) + 1 == power, (optimizer, corner, others)
 
 
 def test_a_small_start_brings_the_norm_nearer_to_level(base, mnist):
