@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 _UNFINISHED = "lora-unfinished-"
 _BASE, _RAW = f"base-*-{'[0-9a-f]' * 16}", "mnist/MNIST/raw"
-_OWN = (f"{_BASE}.safetensors", f"{_BASE}.damaged*", f"{_RAW}/*-ubyte", f"{_RAW}/*-ubyte.damaged*", f"**/{_UNFINISHED}*")
+_OWN = (f"{_BASE}.safetensors", f"{_BASE}.damaged*", f"{_RAW}/*-ubyte", f"{_RAW}/*-ubyte.damaged*", f"{_UNFINISHED}*", f"{_RAW}/{_UNFINISHED}*")
 
 
 def cache_folder() -> Path:
     """The folder of trained networks and downloads: the environment variable LORA_CACHE, else the system's own place."""
-    return Path(os.environ.get("LORA_CACHE") or user_cache_path("lora-notebooks", appauthor=False))
+    return Path(os.path.expanduser(os.environ.get("LORA_CACHE") or user_cache_path("lora-notebooks", appauthor=False)))
 
 
 def clear_cache() -> None:
@@ -32,7 +32,7 @@ def clear_cache() -> None:
     Nothing is lost but time: what is missing is trained or downloaded again. A file that cannot be deleted is named in a warning.
     """
     folder = cache_folder()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, not an error, for a path that cannot be
         return
     for path in [path for pattern in _OWN for path in folder.glob(pattern) if path.resolve().is_relative_to(folder.resolve())]:
         try:
@@ -60,6 +60,8 @@ def load_tensors(name: str) -> dict[str, torch.Tensor] | None:
     if not os.path.lexists(path):
         return None
     try:
+        if not path.is_file():
+            raise ValueError("it is no file")  # opening a named pipe would wait for ever
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             if (file.metadata() or {}).get("digest") != _digest(name, tensors):
@@ -74,7 +76,7 @@ def load_tensors(name: str) -> dict[str, torch.Tensor] | None:
 
 def save_tensors(name: str, tensors: dict[str, torch.Tensor]) -> None:
     """Saves `tensors` under `name`: whole or not at all. A folder that cannot be written to is no error."""
-    _keep(cache_folder() / f"{name}.safetensors", lambda path: save_file(tensors, path, {"digest": _digest(name, tensors)}))
+    _keep(cache_folder() / f"{name}.safetensors", lambda path: path.write_bytes(save(tensors, {"digest": _digest(name, tensors)})))
 
 
 def keep_file(source: Path, target: Path) -> None:

@@ -75,6 +75,7 @@ DAMAGES = {
     "double precision": lambda file: rewrite(file, lambda tensors: tensors.update(tensors | {"linear3.bias": torch.zeros(10).double()})),
     "another network of the same shapes": lambda file: rewrite(file, lambda tensors: tensors["linear1.weight"].mul_(2)),
     "a folder": replace_by_a_folder,
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
 }
 
 
@@ -105,12 +106,43 @@ def test_each_damaged_file_is_kept(folder, few):
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")
-def test_an_unreadable_file_is_set_aside(folder, few):
+def forbidden(*args, **settings):
+    raise PermissionError(13, "Permission denied")  # as for a pupil; the tests may run as root, for whom nothing is forbidden
+
+
+def test_an_unreadable_file_is_set_aside(folder, few, monkeypatch):
     first = base(few)
-    next(folder.iterdir()).chmod(0)
-    with pytest.warns(UserWarning, match="damaged"):
+    monkeypatch.setattr(cache, "safe_open", forbidden)
+    with pytest.warns(UserWarning, match="is damaged .*Permission denied.*made anew"):
         assert same(base(few), first)
+
+
+def test_a_folder_that_may_be_read_only(folder, few, monkeypatch):
+    first = base(few)
+    for target in ("tempfile.TemporaryDirectory", "pathlib.Path.replace", "pathlib.Path.unlink"):
+        monkeypatch.setattr(target, forbidden)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(base(few), first)
+    (file,) = folder.iterdir()
+    flip_a_bit(file)
+    with pytest.warns(UserWarning) as words:
+        assert same(base(few), first)
+    assert ["cannot be set aside either" in str(w.message) for w in words] == [True, False]
+    assert "Not cached" in str(words[1].message)
+    with pytest.warns(UserWarning, match="Not deleted"):
+        clear_cache()
+    assert list(folder.iterdir()) == [file]
+
+
+def test_what_one_has_cached_the_others_may_read(folder, few):
+    before = os.umask(0o022)
+    try:
+        base(few)
+    finally:
+        os.umask(before)
+    (file,) = folder.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_file_of_another_seed_under_this_ones_name_is_not_taken(folder, few):
@@ -160,6 +192,8 @@ def test_a_folder_that_cannot_be_made(folder, few, monkeypatch):
     check_nothing_is_cached(few)
     monkeypatch.setenv("LORA_CACHE", str(folder / "below a file"))
     check_nothing_is_cached(few)
+    monkeypatch.setenv("LORA_CACHE", "/" + 5000 * "absurd")
+    check_nothing_is_cached(few)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a file system that lets nobody write")
@@ -182,12 +216,12 @@ def test_an_interrupted_write_leaves_nothing_behind(folder, few, monkeypatch):
     first = base(few)
     clear_cache()
 
-    def interrupted(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def interrupted(path, content):
+        path.open("wb").write(content[:1000])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "save_file", interrupted)
+        patch.setattr("pathlib.Path.write_bytes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             base(few)
     assert list(folder.iterdir()) == []
@@ -241,9 +275,10 @@ def test_clearing_deletes_what_the_collection_made_and_nothing_else(folder, few,
     (raw / "train-images-idx3-ubyte.damaged").write_bytes(b"set aside")
     (folder / "lora-unfinished-abc").mkdir()
     (folder / "lora-unfinished-abc" / "half").write_bytes(b"of a killed kernel")
-    foreign = ["notes.txt", "base.safetensors", "base-my-own.safetensors", "mnist/mine.png", "other/base-sample-0123456789abcdef.safetensors"]
+    (raw / "lora-unfinished-def").mkdir()
+    foreign = ["notes.txt", "mine/lora-unfinished-thesis/text", "base.safetensors", "base-my-own.safetensors", "mnist/mine.png", "other/base-sample-0123456789abcdef.safetensors"]
     for name in foreign:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text("a user's")
     assert clear_cache() is None and not any(capsys.readouterr())
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == sorted(foreign)
@@ -271,6 +306,12 @@ def test_clearing_where_there_is_nothing(folder):
 def test_without_the_variable_the_system_says_where(monkeypatch):
     monkeypatch.setenv("LORA_CACHE", "")
     assert cache_folder().name == "lora-notebooks" and cache_folder().is_absolute()
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LORA_CACHE", "~/digits")
+    assert cache_folder() == tmp_path / "digits"
 
 
 # Downloads
