@@ -33,11 +33,18 @@ class Mnist:
         train, test: each a `TensorDataset` of images, float32, N×1×28×28, normalised with
             mean 0.1307 and standard deviation 0.3081, and labels, int64, N.
         source: "sample" (the 5,000 bundled images) or "full" (MNIST's 70,000).
+
+    Raises:
+        ValueError: `source` is neither.
     """
 
     train: TensorDataset
     test: TensorDataset
     source: str
+
+    def __post_init__(self):
+        if self.source not in ("sample", "full"):
+            raise ValueError(f"source is {self.source!r}; it must be 'sample' or 'full': it says how long a base is pre-trained.")
 
     @property
     def pretraining_epochs(self) -> int:
@@ -62,11 +69,14 @@ def load_mnist(source: str | None = None, root: str | os.PathLike | None = None)
 
     Raises:
         ValueError: `source` is neither "sample" nor "full".
+        TypeError: `root` is no path.
         RuntimeError: the full MNIST is not in `root` and could not be downloaded, or its files are damaged.
 
     Source: mean and deviation as in PyTorch's MNIST example; files by
     https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.MNIST.html
     """
+    if root is not None and not isinstance(root, (str, os.PathLike)):
+        raise TypeError(f"root is {root!r}; it must be the path of a folder, such as '../shared/mnist'.")
     source = os.environ.get("LORA_MNIST") or "sample" if source is None else source
     if source == "sample":
         return _load_sample()
@@ -105,7 +115,7 @@ def as_tensors(dataset: TensorDataset) -> tuple[torch.Tensor, torch.Tensor]:
         TypeError: not a `TensorDataset` of floating-point images and int64 labels.
         ValueError: it is empty, an image does not hold 28×28 finite values, or a label is not 0 to 9.
     """
-    tensors = getattr(dataset, "tensors", ())
+    tensors = dataset.tensors if isinstance(dataset, TensorDataset) else ()
     if len(tensors) != 2 or tensors[1].dtype != torch.int64 or tensors[1].ndim != 1:
         raise TypeError(
             f"dataset is a {type(dataset).__name__}; it must be a TensorDataset(images, labels) "
@@ -143,11 +153,10 @@ def _load_full(root: Path) -> Mnist:
     raw = root / "MNIST" / "raw"
     if root == _cached_root():
         _set_damaged_aside(raw)
+    if _is_complete(root):
+        return _read(raw)
     with tempfile.TemporaryDirectory() as work:  # an interrupted download leaves nothing behind
-        if not _is_complete(root):
-            raw = _download(Path(work), root)
-        train, test = (_read(raw, part) for part in ("train", "t10k"))
-    return Mnist(train, test, "full")
+        return _read(_download(Path(work), root))
 
 
 def _download(work: Path, root: Path) -> Path:
@@ -166,12 +175,16 @@ def _download(work: Path, root: Path) -> Path:
     finally:
         socket.setdefaulttimeout(previous)
     for name in FILES:
-        if not (root / "MNIST" / "raw" / name).is_file():
+        if not os.path.isfile(root / "MNIST" / "raw" / name):
             keep_file(work / "MNIST" / "raw" / name, root / "MNIST" / "raw" / name)
     return work / "MNIST" / "raw"
 
 
-def _read(raw: Path, part: str) -> TensorDataset:
+def _read(raw: Path) -> Mnist:
+    return Mnist(_read_part(raw, "train"), _read_part(raw, "t10k"), "full")
+
+
+def _read_part(raw: Path, part: str) -> TensorDataset:
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     try:
@@ -189,6 +202,8 @@ def _read(raw: Path, part: str) -> TensorDataset:
 def _set_damaged_aside(raw: Path) -> None:
     for name, expected in FILES.items():
         try:
+            if os.path.lexists(raw / name) and not (raw / name).is_file():
+                raise OSError("it is no file")  # opening a named pipe would wait for ever
             with (raw / name).open("rb") as file:
                 found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         except (FileNotFoundError, NotADirectoryError):
@@ -213,4 +228,4 @@ def _usual_root() -> Path:
 
 
 def _is_complete(root: Path) -> bool:
-    return all((root / "MNIST" / "raw" / name).is_file() for name in FILES)
+    return all(os.path.isfile(root / "MNIST" / "raw" / name) for name in FILES)  # False, not an error, for a path that cannot be

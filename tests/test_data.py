@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import tempfile
 import threading
 
 import pytest
@@ -51,6 +52,18 @@ def test_full_from_a_folder_and_from_the_environment(full_mnist_root, monkeypatc
 def test_an_unknown_source_names_the_allowed_ones():
     with pytest.raises(ValueError, match="'sample'.*'full'"):
         load_mnist("fashion")
+
+
+def test_what_is_no_folder_or_no_source_is_named():
+    with pytest.raises(TypeError, match="root is 5"):
+        load_mnist("full", root=5)
+    with pytest.raises(ValueError, match="source is 'other'"):
+        data.Mnist(load_mnist().train, load_mnist().test, "other")
+
+
+def test_a_complete_folder_needs_no_temporary_one(full_mnist_root, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    assert len(load_mnist("full", root=full_mnist_root).test) == 10_000
 
 
 @pytest.fixture
