@@ -2,6 +2,7 @@
 
 import base64
 import io
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,19 +75,23 @@ def show_digits(dataset: TensorDataset, indices=None, titles=None) -> Picture:
 
     Raises:
         ValueError: there is no such image, none is asked for, or there are more or fewer titles than images.
-        TypeError: `dataset` is no `TensorDataset` of images and labels.
+        TypeError: `dataset` is no `TensorDataset` of images and labels, or `indices` no list of whole numbers.
     """
     images, labels = as_tensors(dataset)
     if indices is None:
         indices = [(labels == digit).nonzero()[0].item() for digit in labels.unique().tolist()]
-    if not len(indices) or not all(-len(labels) <= index < len(labels) for index in indices):
-        raise ValueError(f"indices is {list(indices)}; it must name at least one image, from 0 to {len(labels) - 1}.")
+    try:
+        indices = [operator.index(index) for index in indices]
+    except TypeError:
+        raise TypeError(f"indices is {indices!r}; it must be a list of whole numbers, such as [0, 1, 2].") from None
+    if not indices or not all(-len(labels) <= index < len(labels) for index in indices):
+        raise ValueError(f"indices is {indices}; it must name at least one image, from 0 to {len(labels) - 1}.")
     if titles and len(titles) != len(indices):
         raise ValueError(f"There are {len(titles)} titles for {len(indices)} images; give as many.")
     names = titles or [str(labels[index].item()) for index in indices]
     figure = Picture(f"Digits: {', '.join(names)}", figsize=(max(1.1 * len(indices), 2), 1.5))
     for place, (axes, index) in enumerate(zip(figure.subplots(1, len(indices), squeeze=False)[0], indices)):
-        axes.imshow(images[index].squeeze(), cmap="gray_r")
+        axes.imshow(images[index].reshape(28, 28), cmap="gray_r")
         axes.set_title(names[place], fontsize=10)
         axes.axis("off")
     return figure
@@ -97,12 +102,16 @@ def plot_losses(losses: list[float], window: int = 50) -> Picture:
 
     Raises:
         ValueError: there are no losses, or `window` is no whole number of at least 1.
+        TypeError: `losses` is no list of numbers.
     """
-    if not len(losses):
+    try:
+        values = torch.tensor([float(loss) for loss in losses])
+    except (TypeError, ValueError):
+        raise TypeError(f"losses is {losses!r}; it must be the list that train returns: losses = train(net, mnist.train).") from None
+    if not len(values):
         raise ValueError("There are no losses to draw; train first: losses = train(net, mnist.train).")
     check_whole("window", window)
-    values = torch.tensor(losses)
-    figure = Picture(f"Loss of {len(losses)} batches, from {losses[0]:.2f} to {losses[-1]:.2f}", figsize=(7, 2.6))
+    figure = Picture(f"Loss of {len(values)} batches, from {values[0]:.2f} to {values[-1]:.2f}", figsize=(7, 2.6))
     axes = figure.subplots()
     axes.plot(values, color="0.75", linewidth=0.7, label="each batch")
     if len(values) > window:
@@ -113,7 +122,12 @@ def plot_losses(losses: list[float], window: int = 50) -> Picture:
 
 
 def plot_confusion(result: Evaluation) -> Picture:
-    """What is mistaken for what: the right answers on the diagonal are left blank."""
+    """What is mistaken for what: the right answers on the diagonal are left blank.
+
+    Raises:
+        TypeError: `result` is not what `evaluate` returns.
+    """
+    _check_evaluation("result", result)
     wrong = result.confusion.clone().fill_diagonal_(0)
     figure = Picture(f"Confusion matrix; wrong answers of digits 0 to 9: {result.wrong_counts}", figsize=(4.8, 4.4))
     axes = figure.subplots()
@@ -127,7 +141,13 @@ def plot_confusion(result: Evaluation) -> Picture:
 
 
 def plot_wrong_counts(before: Evaluation, after: Evaluation, labels=("LoRA off", "LoRA on")) -> Picture:
-    """Wrong answers per digit, before beside after, the change written above."""
+    """Wrong answers per digit, before beside after, the change written above.
+
+    Raises:
+        TypeError: `before` or `after` is not what `evaluate` returns.
+    """
+    _check_evaluation("before", before)
+    _check_evaluation("after", after)
     alt = f"Wrong answers of digits 0 to 9: {labels[0]} {before.wrong_counts}, {labels[1]} {after.wrong_counts}"
     figure = Picture(alt, figsize=(7.5, 3))
     axes = figure.subplots()
@@ -139,3 +159,8 @@ def plot_wrong_counts(before: Evaluation, after: Evaluation, labels=("LoRA off",
     axes.set(xlabel="digit", ylabel="wrong answers", xticks=range(10), ylim=(0, top * 1.15))
     axes.legend(frameon=False)
     return figure
+
+
+def _check_evaluation(name: str, value: Evaluation) -> None:
+    if not isinstance(value, Evaluation):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be what evaluate(net, dataset) returns.")

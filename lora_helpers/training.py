@@ -1,8 +1,12 @@
 """Training, testing, and the pre-trained base that every notebook starts from."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import nn
@@ -70,8 +74,9 @@ def train(
 ) -> list[float]:
     """Trains the trainable parameters of `net` on cross-entropy, in shuffled batches.
 
-    LoRA is computed in its factorised form (see `factorised`), which is faster and changes only rounding. `net` is in
-    training mode meanwhile. An interrupt leaves it usable, trained as far as it came.
+    LoRA is computed in its factorised form (see `factorised`), which is faster and changes only rounding. Images are
+    moved to the network's device and dtype. `net` is in training mode meanwhile. An interrupt leaves it usable, trained as far as it came. Where the loss ends as NaN or
+    infinite, a warning says so.
 
     Args:
         epochs: passes over `dataset`, each in a new order.
@@ -86,40 +91,35 @@ def train(
         The loss of each batch.
 
     Raises:
-        ValueError: a number out of range, an empty dataset, or nothing to train.
+        ValueError: a number out of range, an empty dataset, nothing to train (also: LoRA is off, or gradients are), or a
+            network that does not answer with 10 logits an image.
         TypeError: `net` is no network, or `dataset` no `TensorDataset` of images and labels.
 
     Source: Adam, https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html
     """
     check_network(net)
-    images, labels = _checked(dataset, lr, seed, epochs=epochs, batch_size=batch_size, max_batches=max_batches)
-    trainable = [p for p in net.parameters() if p.requires_grad]
-    if not trainable:
-        raise ValueError("Nothing to train: every parameter is frozen. Add LoRA, or set requires_grad.")
-
+    if max_batches is not None:
+        check_whole("max_batches", max_batches)
+    images, labels = _checked(dataset, lr, seed, epochs=epochs, batch_size=batch_size)
+    trainable = _trainable(net)
     device = trainable[0].device
-    images, labels = images.to(device), labels.to(device)
+    images, labels = images.to(trainable[0]), labels.to(device)
     steps = max_batches or epochs * -(-len(labels) // batch_size)
-    optimizer = (optimizer_class or _Adam)(trainable, lr=lr, fused=True)
+    optimizer = _optimizer(optimizer_class, trainable, lr)
     losses = torch.zeros(steps, device=device)
-    was_training = net.training
-    try:
-        net.train()
-        with factorised(net), tqdm(total=steps, disable=not progress, unit="batch") as bar:
-            for step, batch in zip(range(steps), _batches(len(labels), batch_size, seed)):
-                batch = batch.to(device)
-                loss = F.cross_entropy(net(images[batch]), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses[step] = loss.detach()
-                if progress and (step + 1) % 50 == 0:  # reading a loss makes the device wait
-                    bar.set_postfix(loss=f"{losses[: step + 1].mean().item():.3f}", refresh=False)
-                bar.update()
-                if after_batch:
-                    after_batch(step + 1)
-    finally:
-        net.train(was_training)
+    with _mode(net, training=True), factorised(net), tqdm(total=steps, disable=not progress, unit="batch") as bar:
+        for step, batch in zip(range(steps), _batches(len(labels), batch_size, seed)):
+            batch = batch.to(device)
+            loss = F.cross_entropy(_logits(net, images[batch]), labels[batch])
+            _step(optimizer, loss)
+            losses[step] = loss.detach()
+            if progress and (step + 1) % 50 == 0:  # reading a loss makes the device wait
+                bar.set_postfix(loss=f"{losses[: step + 1].mean().item():.3f}", refresh=False)
+            bar.update()
+            if after_batch:
+                after_batch(step + 1)
+    if not math.isfinite(losses[-1]):
+        warnings.warn(f"The training diverged: the last loss is {losses[-1]}. Start from a fresh network, with a smaller lr or alpha.", stacklevel=2)
     return losses.tolist()
 
 
@@ -138,39 +138,36 @@ def train_side_by_side(
     after the other, since the frozen weights are multiplied once for all (see `side_by_side`).
 
     Raises:
-        ValueError: a number out of range, an empty dataset, or networks that are no copies of one base with LoRA.
+        ValueError: as of `train`, or networks that are no copies of one base with LoRA.
         TypeError: `dataset` is no `TensorDataset` of images and labels.
     """
     images, labels = _checked(dataset, lr, seed, batch_size=batch_size, max_batches=max_batches)
     with side_by_side(nets) as together:
-        trainable = [p for net in nets for p in net.parameters() if p.requires_grad]
-        optimizer = _Adam(trainable, lr=lr, fused=True)
-        images, labels = images.to(trainable[0].device), labels.to(trainable[0].device)
+        trainable = _trainable(*nets)
+        optimizer = _Adam(trainable, lr)
+        images, labels = images.to(trainable[0]), labels.to(trainable[0].device)
         for _, batch in zip(range(max_batches), _batches(len(labels), batch_size, seed)):
-            logits = together(images[batch].repeat(len(nets), 1, 1, 1))
+            logits = _logits(together, torch.cat([images[batch]] * len(nets)))
             loss = len(nets) * F.cross_entropy(logits, labels[batch].repeat(len(nets)))  # each network's own mean, summed
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            _step(optimizer, loss)
 
 
 @torch.no_grad()
 def evaluate(net: nn.Module, dataset: TensorDataset) -> Evaluation:
-    """Tests `net` on `dataset`: no gradients, evaluation mode, no shuffling, the mode restored.
+    """Tests `net` on `dataset`: no gradients, no shuffling, evaluation mode; afterwards each module is in its own mode.
+
+    Images are moved to the network's device and dtype. A network whose training diverged (its logits are NaN) answers 0.
 
     Raises:
-        ValueError: the dataset is empty, an image is not 28×28 finite values, or a label is not 0 to 9.
+        ValueError: the dataset is empty, an image is not 28×28 finite values, a label is not 0 to 9, or the network does
+            not answer with 10 logits an image.
         TypeError: `net` is no network, or `dataset` no `TensorDataset` of images and labels.
     """
     check_network(net)
     images, labels = as_tensors(dataset)
-    device = next(net.parameters()).device
-    was_training = net.training
-    net.eval()
-    try:
-        predictions = torch.cat([net(part.to(device)).argmax(dim=1).cpu() for part in images.split(500)])
-    finally:
-        net.train(was_training)
+    weight = next(net.parameters(), images)  # a network without parameters takes the images as they are
+    with _mode(net, training=False):
+        predictions = torch.cat([_logits(net, part.to(weight)).argmax(dim=1).cpu() for part in images.split(500)])
     pairs = labels.cpu() * 10 + predictions
     return Evaluation(torch.bincount(pairs, minlength=100).reshape(10, 10), predictions)
 
@@ -200,21 +197,69 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
     return net
 
 
-def _checked(dataset: TensorDataset, lr: float, seed: int | None, **counts: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _checked(dataset: TensorDataset, lr: float, seed: int | None, **counts: int) -> tuple[torch.Tensor, torch.Tensor]:
     for name, value in counts.items():
-        if value is not None:
-            check_whole(name, value)
+        check_whole(name, value)
     if seed is not None:
         check_whole("seed", seed, 0, LARGEST_SEED)
     check_positive("lr", lr)
     return as_tensors(dataset)
 
 
+def _trainable(*nets: nn.Module) -> list[nn.Parameter]:
+    trainable = [p for net in nets for p in net.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("Nothing to train: every parameter is frozen. Add LoRA, or set requires_grad.")
+    return trainable
+
+
+@contextmanager
+def _mode(net: nn.Module, training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in net.modules()]
+    try:
+        net.train(training)
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
+
+
+def _logits(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    logits = net(images)
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (len(images), 10):
+        raise ValueError(
+            f"For {len(images)} images the network answers with a {type(logits).__name__} of shape {shape}; "
+            f"it must be {len(images)} × 10, a logit for each digit of each image, as of RichBoyNet()."
+        )
+    return logits
+
+
+def _step(optimizer: "torch.optim.Optimizer | _Adam", loss: torch.Tensor) -> None:
+    if not torch.is_grad_enabled():
+        raise ValueError("Gradients are off, so nothing can be trained; train outside torch.no_grad() and torch.inference_mode().")
+    if not loss.requires_grad:
+        raise ValueError(
+            "Nothing that is trainable takes part in the network's answers. If LoRA is off, call set_lora_enabled(net, True); "
+            "if another adapter is in use, call freeze_base(net), which makes that one trainable."
+        )
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def _optimizer(wanted: Callable | None, trainable: list[nn.Parameter], lr: float) -> "torch.optim.Optimizer | _Adam":
+    if wanted is None:
+        return _Adam(trainable, lr)
+    fused = {"fused": True} if "fused" in signature(wanted).parameters else {}  # quicker, but not every optimiser has it
+    return wanted(trainable, lr=lr, **fused)
+
+
 class _Adam:
     """The step of `torch.optim.Adam` without its class, whose first use imports PyTorch's compiler: 3 s and 150 MB."""
 
-    def __init__(self, parameters: list[nn.Parameter], **settings):
-        self.settings = settings
+    def __init__(self, parameters: list[nn.Parameter], lr: float):
+        self.lr = lr
         self.state = [(p, torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)) for p in parameters]
 
     def zero_grad(self) -> None:
@@ -226,7 +271,7 @@ class _Adam:
         parameters, means, squares, steps = (list(column) for column in zip(*moved))
         adam(
             parameters, [p.grad for p in parameters], means, squares, [], steps,
-            amsgrad=False, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, maximize=False, **self.settings,
+            amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=0.0, eps=1e-8, maximize=False, fused=True,
         )  # fmt: skip
 
 
@@ -241,6 +286,6 @@ def _batches(size: int, batch_size: int, seed: int | None):
 def _fingerprint(dataset: TensorDataset, epochs: int, seed: int) -> str:
     recipe = f"RichBoyNet Adam 0.001 10 {epochs} {seed} torch {torch.__version__} lora_helpers {__version__}"
     digest = hashlib.blake2b(recipe.encode(), digest_size=8)
-    for tensor in dataset.tensors:
+    for tensor in as_tensors(dataset):
         digest.update(tensor.contiguous().numpy())
     return digest.hexdigest()

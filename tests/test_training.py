@@ -1,7 +1,11 @@
 """Training and testing: exact where exact, in honest bands where trained."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from lora_helpers import (
@@ -12,8 +16,14 @@ from lora_helpers import (
     load_mnist,
     lora_disabled,
     only_digit,
+    plot_confusion,
+    plot_losses,
+    plot_wrong_counts,
     pretrained_base,
+    set_lora_enabled,
+    show_digits,
     train,
+    train_side_by_side,
 )
 
 
@@ -52,6 +62,22 @@ def test_testing_leaves_mode_and_random_stream_alone(small_net, mnist):
     assert torch.equal(result.predictions, small_net(mnist.test.tensors[0]).argmax(dim=1))
 
 
+@pytest.mark.parametrize("work", [evaluate, lambda net, data: train(net, data, max_batches=1, progress=False)])
+def test_each_module_keeps_its_own_mode(small_net, mnist, work):
+    small_net.linear2.eval()
+    before = [module.training for module in small_net.modules()]
+    work(small_net, mnist.test)
+    assert [module.training for module in small_net.modules()] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_follow_the_network_to_its_dtype(small_net, mnist, dtype):
+    net = freeze_base(add_lora(small_net)).to(dtype)
+    assert all(map(math.isfinite, train(net, mnist.train, max_batches=2, progress=False)))
+    train_side_by_side([net], mnist.train, max_batches=2)
+    assert evaluate(net, mnist.test).confusion.sum() == 2000
+
+
 def test_recall_and_precision(mnist):
     class AllNines(torch.nn.Linear):
         def forward(self, images):
@@ -62,7 +88,7 @@ def test_recall_and_precision(mnist):
     assert result.wrong_counts == [200] * 9 + [0]
 
 
-@pytest.mark.parametrize("bad", [{"epochs": 0}, {"max_batches": -1}, {"batch_size": 1.5}, {"lr": 0}, {"lr": float("nan")}])
+@pytest.mark.parametrize("bad", [{"epochs": 0}, {"max_batches": -1}, {"batch_size": 1.5}, {"batch_size": None}, {"lr": 0}, {"lr": float("nan")}])
 def test_bad_numbers(small_net, mnist, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         train(small_net, mnist.train, progress=False, **bad)
@@ -71,7 +97,8 @@ def test_bad_numbers(small_net, mnist, bad):
 def test_bad_datasets(small_net):
     empty = TensorDataset(torch.zeros(0, 1, 28, 28), torch.zeros(0, dtype=torch.int64))
     eleven = TensorDataset(torch.zeros(1, 1, 28, 28), torch.tensor([11]))
-    for dataset, error in ((empty, ValueError), (eleven, ValueError), ([], TypeError)):
+    fake = SimpleNamespace(tensors=(torch.zeros(3, 1, 28, 28), torch.tensor([1, 2])))
+    for dataset, error in ((empty, ValueError), (eleven, ValueError), ([], TypeError), (fake, TypeError)):
         with pytest.raises(error):
             train(small_net, dataset, progress=False)
         with pytest.raises(error):
@@ -82,6 +109,66 @@ def test_nothing_to_train(small_net, mnist):
     small_net.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen"):
         train(small_net, mnist.train, progress=False)
+
+
+def refused(match, work, *args, **settings):
+    with pytest.raises(ValueError, match=match):
+        work(*args, **settings)
+
+
+def test_what_takes_no_part_is_not_trained(small_net, mnist):
+    net = freeze_base(add_lora(small_net))
+    with torch.no_grad():
+        refused("outside torch.no_grad", train, net, mnist.train, progress=False)
+    set_lora_enabled(net, False)
+    refused("set_lora_enabled", train, net, mnist.train, progress=False)
+    refused("LoRA is off", train_side_by_side, [net], mnist.train, max_batches=1)
+    set_lora_enabled(net, True)
+    assert not any(adapter.any() for name, adapter in net.named_parameters() if "lora_B" in name)
+    net.requires_grad_(False)
+    refused("frozen", train_side_by_side, [net], mnist.train, max_batches=1)
+
+
+@pytest.mark.parametrize("net", [nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Linear(784, 11))], ids=["no parameters", "11 outputs"])
+def test_a_network_that_does_not_tell_ten_digits_apart(net, mnist):
+    refused("10 logits|× 10", evaluate, net, mnist.test)
+    refused("frozen|× 10", train, net, mnist.train, progress=False)
+
+
+def test_a_network_without_parameters_can_be_tested(mnist):
+    assert len(evaluate(nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(10)), mnist.test).predictions) == 2000
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adadelta], ids=["fused", "never fused"])
+def test_other_optimizers(small_net, mnist, optimizer):
+    assert len(train(small_net, mnist.train, max_batches=3, progress=False, optimizer_class=optimizer)) == 3
+
+
+def test_a_training_that_diverges_says_so(small_net, mnist):
+    with pytest.warns(UserWarning, match="diverged.*smaller lr"):
+        assert math.isnan(train(small_net, mnist.train, max_batches=3, lr=1e30, progress=False)[-1])
+
+
+NO_PICTURES = {
+    "no indices": lambda data: show_digits(data, 5),
+    "a text for an index": lambda data: show_digits(data, ["x"]),
+    "no losses": lambda data: plot_losses(5),
+    "a text for a loss": lambda data: plot_losses(["x"]),
+    "no evaluation": lambda data: plot_confusion(5),
+    "no evaluations": lambda data: plot_wrong_counts("x", "y"),
+}
+
+
+@pytest.mark.parametrize("draw", NO_PICTURES.values(), ids=NO_PICTURES)
+def test_what_cannot_be_drawn_is_named(mnist, draw):
+    with pytest.raises(TypeError, match="must be"):
+        draw(mnist.test)
+
+
+def test_what_can_be_drawn(mnist):
+    flat = TensorDataset(mnist.test.tensors[0].flatten(start_dim=1), mnist.test.tensors[1])
+    assert show_digits(flat, torch.tensor([0, 1999])).alt == "Digits: 0, 9"
+    assert plot_losses([1.0, math.nan]).png()
 
 
 @pytest.mark.parametrize("size", [0, -3, 2.5, True])
