@@ -115,7 +115,7 @@ def fine_tune(
     The recipe is the notebooks': Adam, learning rate 0.001, batches of 10. The arguments are those of `Settings`.
 
     Raises:
-        ValueError: an argument out of range, or `base` already has LoRA.
+        ValueError: an argument out of range, `base` already has LoRA or holds NaN, or the training diverges.
     """
     settings = Settings(rank=rank, alpha=alpha, batches=batches, digit=digit, share=share, seed=seed)
     result = FineTuner(base, mnist).run(settings, stops=(batches,))[0]
@@ -130,18 +130,20 @@ class FineTuner:
     Safe to call from several threads: one at a time is served.
 
     Raises:
-        ValueError: `base` already has LoRA. TypeError: `base` is no network, or `mnist` no `Mnist`.
+        ValueError: `base` already has LoRA, or holds NaN or infinite values. TypeError: `base` is no network, or `mnist` no `Mnist`.
     """
 
     def __init__(self, base: RichBoyNet, mnist: Mnist):
         check_mnist(mnist)
         if lora_layers(base):
             raise ValueError("This base already has LoRA; call remove_lora(net) first, or pass pretrained_base(mnist).")
+        if not all(_is_finite(parameter) for parameter in base.parameters()):
+            raise ValueError("The base holds values that are NaN or infinite: its training diverged. Take a new one: pretrained_base(mnist).")
         self.mnist = mnist
         self._net = copy.deepcopy(base)
         self._copies = {name: p.detach().clone() for name, p in base.named_parameters()}
         self._off = evaluate(self._net, mnist.test)
-        self._probe = self._on_device(as_tensors(mnist.test)[0][:: max(1, len(mnist.test) // 200)])
+        self._probe = self._like_the_net(as_tensors(mnist.test)[0][:: max(1, len(mnist.test) // 200)])
         with torch.no_grad():
             self._probe_logits = self._net(self._probe)
         self._memory: OrderedDict[tuple, _Training] = OrderedDict()
@@ -202,13 +204,13 @@ class FineTuner:
             images: float32, N×1×28×28, normalised as in `load_mnist`.
         """
         with self._lock, self._loaded(settings), torch.no_grad():
-            on = self._net(self._on_device(images)).softmax(dim=1).cpu()
+            on = self._net(self._like_the_net(images)).softmax(dim=1).cpu()
             with lora_disabled(self._net):
-                off = self._net(self._on_device(images)).softmax(dim=1).cpu()
+                off = self._net(self._like_the_net(images)).softmax(dim=1).cpu()
         return off, on
 
-    def _on_device(self, images: torch.Tensor) -> torch.Tensor:
-        return images.to(next(self._net.parameters()).device)
+    def _like_the_net(self, images: torch.Tensor) -> torch.Tensor:
+        return images.to(next(self._net.parameters()))
 
     def _remembered(self, settings: Settings) -> _Training | None:
         key = replace(settings, batches=0)
@@ -244,6 +246,8 @@ class FineTuner:
 
     def _test(self, settings: Settings, training: _Training) -> FineTuning:
         pairs = training.adapters[settings.batches]
+        if not all(_is_finite(t) for pair in pairs for t in pair):
+            raise ValueError(f"The training with {settings} diverged: A and B hold NaN. Choose a smaller alpha.")
         self._put(settings, pairs)
         with factorised(self._net):
             on = evaluate(self._net, self.mnist.test)
@@ -260,7 +264,7 @@ class FineTuner:
             broken=(was_right & ~is_right).nonzero().flatten(),
             trainable=counts.trainable,
             base_parameters=counts.base,
-            singular_values={name: scale * singular_values(A, B) for name, (A, B) in zip(layers, pairs)},
+            singular_values={name: scale * singular_values(A.float(), B.float()) for name, (A, B) in zip(layers, pairs)},
         )
 
     @contextmanager
@@ -282,6 +286,10 @@ class FineTuner:
             remove_lora(self._net)
         generator = torch.Generator().manual_seed(settings.seed)
         freeze_base(add_lora(self._net, rank=settings.rank, alpha=settings.alpha, generator=generator))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return all(value.isfinite() for value in torch.aminmax(tensor.detach()))
 
 
 def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

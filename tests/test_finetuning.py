@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_helpers.finetuning as finetuning
-from lora_helpers import add_lora, evaluate, fine_tune, freeze_base, load_mnist, lora_layers, only_digit, pretrained_base, train
+from lora_helpers import RichBoyNet, add_lora, evaluate, fine_tune, freeze_base, load_mnist, lora_layers, only_digit, pretrained_base, train
 from lora_helpers.finetuning import FineTuner, Settings, singular_values
 
 
@@ -143,3 +143,20 @@ def test_bad_input(base, mnist):
             fine_tune(base, mnist, **{name: value})
     with pytest.raises(ValueError, match="already has LoRA"):
         fine_tune(add_lora(copy.deepcopy(base)), mnist)
+
+
+def test_what_is_not_finite_gives_no_figures(base, mnist):
+    with pytest.warns(UserWarning, match="diverged"), pytest.raises(ValueError, match="diverged.*smaller alpha"):
+        fine_tune(base, mnist, alpha=3e38, batches=5)
+    spoiled = copy.deepcopy(base)
+    with torch.no_grad():
+        spoiled.linear2.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="base holds values that are NaN"):
+        fine_tune(spoiled, mnist)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_base_of_another_dtype(mnist, dtype):
+    torch.manual_seed(0)
+    result = fine_tune(RichBoyNet(20, 30).to(dtype), mnist, rank=2, batches=5)
+    assert all(values.dtype == torch.float32 for values in result.singular_values.values())
