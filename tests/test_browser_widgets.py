@@ -3,18 +3,33 @@
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SCREENSHOTS = os.environ.get("LORA_SCREENSHOTS")  # a folder
+CELLS = (
+    """from lora_helpers import DigitPad, LoRAExplorer, ParametrizationInspector, ScalingLab, load_mnist, pretrained_base, projector_mode
+mnist = load_mnist("sample")
+base = pretrained_base(mnist, progress=False)
+explorer = LoRAExplorer(base, mnist)
+explorer""",
+    "DigitPad(explorer)",
+    "ParametrizationInspector()",
+    "ScalingLab(base, mnist)",
+)
+PRESETS = {  # a part of the name, and how the summary then begins
+    "no scaling": "LoRA on · rank 16 · α 16 · 100 batches of digit 9 · ",
+    "rehearse": "LoRA on · rank 1 · α 1 · 100 batches of digit 9 with 50% others · ",
+    "paper default": "LoRA on · rank 1 · α 1 · 100 batches of digit 9 · ",
+}
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false"},  # no question about news in the way
     "notebook-extension/tracker": {"windowingMode": "none"},  # all cells stay in the page, also when out of sight
@@ -38,11 +53,35 @@ WATCH = """panel => { window.frames_seen = 0; window.places = new Set(); (functi
     requestAnimationFrame(look);
 })() }"""
 
+# The least contrast between text and what lies behind it, of all elements below the panel that hold text of their own.
+CONTRAST = """panel => {
+    const light = color => color.map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const parse = text => text.match(/[0-9.]+/g).map(Number);
+    const behind = element => {
+        const color = parse(getComputedStyle(element).backgroundColor);
+        return color.length == 3 || color[3] > 0.5 || !element.parentElement ? color : behind(element.parentElement);
+    };
+    const speaking = [...panel.querySelectorAll("*")].filter(e => e.offsetWidth && (e.matches("input, select") ||
+        [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim())));
+    return Math.min(...speaking.map(e => {
+        const pair = [parse(getComputedStyle(e).color).slice(0, 3), behind(e).slice(0, 3)].map(light).sort((a, b) => b - a);
+        return (pair[0] + 0.05) / (pair[1] + 0.05);
+    }));
+}"""
+
 
 @pytest.fixture(scope="module")
 def notebooks(tmp_path_factory):
-    """A folder with a copy of the notebooks."""
-    return shutil.copytree(NOTEBOOKS, tmp_path_factory.mktemp("served") / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    """A folder with one notebook that makes the four panels."""
+    folder = tmp_path_factory.mktemp("served")
+    serve(folder / "panels.ipynb", CELLS)
+    return folder
+
+
+def serve(path, sources):
+    kernel = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
+    nbformat.write(new_notebook(cells=[new_code_cell(source) for source in sources], metadata=kernel), path)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +132,23 @@ def browser(chromium):
 
 @pytest.fixture(scope="module")
 def page(lab, browser):
-    """Notebook 4 with all its cells run, and what the browser's console called errors."""
-    page = run_all(lab, browser, "4_digit_9.ipynb", height=1000)
-    page.locator(".lora-panel").nth(1).wait_for(timeout=180_000)
+    """The notebook of panels with all its cells run, and what the browser's console called errors."""
+    page = run_all(lab, browser, "panels.ipynb", height=1000)
+    page.locator(".lora-panel").nth(3).wait_for(timeout=180_000)
     yield page
     page.close()
 
 
 def run_all(lab: str, browser: Browser, notebook: str, height: int) -> Page:
-    """A page that shows `notebook` and has just begun to run all its cells; `page.errors` is what it called errors."""
+    """A page that shows `notebook` and has just begun to run all its cells."""
+    page = open_notebook(lab, browser, notebook, height)
+    page.get_by_text("Run", exact=True).first.click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    return page
+
+
+def open_notebook(lab: str, browser: Browser, notebook: str, height: int) -> Page:
+    """A page that shows `notebook`, its kernel ready; `page.errors` is what it called errors."""
     page = browser.new_page(viewport={"width": 1280, "height": height})
     page.set_default_timeout(60_000)
     page.errors = []
@@ -111,8 +158,6 @@ def run_all(lab: str, browser: Browser, notebook: str, height: int) -> Page:
     # Before it has a kernel, a notebook that is told to run asks for one in a dialog.
     page.locator(".jp-NotebookPanel-toolbar [data-status=idle]").wait_for(state="attached")
     expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
-    page.get_by_text("Run", exact=True).first.click()
-    page.get_by_text("Run All Cells", exact=True).click()
     return page
 
 
@@ -126,16 +171,20 @@ def explorer(page):
     assert not page.errors
 
 
-@pytest.fixture
-def pad(explorer, page):
-    panel = page.locator(".lora-panel").nth(1)
+def other_panel(page: Page, number: int) -> Locator:
+    panel = page.locator(".lora-panel").nth(number)
     panel.evaluate("panel => panel.scrollIntoView({block: 'center'})")
     return panel
 
 
+@pytest.fixture
+def pad(explorer, page):
+    return other_panel(page, 1)
+
+
 def shows(panel: Locator, start: str) -> None:
     """The summary begins with `start`, and the picture's text alternative says the same."""
-    expect(panel.locator("output")).to_have_text(re.compile("^" + re.escape(start)), timeout=20_000)
+    expect(panel.locator("output")).to_have_text(re.compile("^" + re.escape(start)), timeout=60_000)
     expect(panel.locator("img")).to_have_attribute("alt", panel.locator("output").inner_text())
     expect(panel.get_by_role("alert")).to_have_count(0)
 
@@ -180,48 +229,113 @@ def test_every_control_by_keyboard(explorer):
     for label, key in (("batches", "5"), ("others", "Home"), ("learn digit", "4")):
         explorer.get_by_label(label).press(key)
     shows(explorer, "LoRA on · rank 6 · α 0.5 · 5 batches of digit 4 · ")
-    explorer.get_by_role("button", name="rehearse").press("Enter")
-    shows(explorer, "LoRA on · rank 1 · α 1 · 100 batches of digit 9 with 50% others · ")
+    for name, start in PRESETS.items():
+        explorer.get_by_role("button", name=name).press("Enter")
+        shows(explorer, start)
     assert explorer.get_by_label("rank r", exact=True).input_value() == "1"
 
 
 def test_every_control_by_mouse(explorer):
-    explorer.get_by_role("button", name="no scaling").click()
-    shows(explorer, "LoRA on · rank 16 · α 16 · ")
-    for number, start in ((0, "LoRA on · rank 64 · α 16 · "), (1, "LoRA on · rank 64 · α 64 · ")):
-        handle, track = slider(explorer, number).bounding_box(), explorer.locator(".noUi-base").nth(number).bounding_box()
-        page = explorer.page
-        page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
-        page.mouse.down()
-        page.mouse.move(track["x"] + track["width"], handle["y"], steps=5)
-        page.mouse.up()
+    for name, start in PRESETS.items():
+        explorer.get_by_role("button", name=name).click()
+        shows(explorer, start)
+    for number, start in enumerate((
+        "LoRA on · rank 64 · α 1 · ",
+        "LoRA on · rank 64 · α 64 · 100 batches of digit 9 · ",
+        "LoRA on · rank 64 · α 64 · 300 batches of digit 9 · ",
+        "LoRA on · rank 64 · α 64 · 300 batches of digit 9 with 80% others · ",
+    )):  # fmt: skip
+        drag_to_the_end(explorer, number)
         shows(explorer, start)
     explorer.get_by_label("learn digit").select_option("4")
-    shows(explorer, "LoRA on · rank 64 · α 64 · 100 batches of digit 4 · ")
+    shows(explorer, "LoRA on · rank 64 · α 64 · 300 batches of digit 4 with 80% others · ")
+    field = explorer.get_by_label("seed").bounding_box()
+    explorer.page.mouse.click(field["x"] + field["width"] - 9, field["y"] + field["height"] / 4)  # its arrow that points up
+    expect(explorer.locator("output")).to_have_text(re.compile(r"seed \d+, just trained"), timeout=60_000)
+    explorer.get_by_label("LoRA on").click()
+    shows(explorer, "LoRA off · rank 64 · ")
+    explorer.get_by_label("LoRA on").click()
+    shows(explorer, "LoRA on · rank 64 · ")
 
 
-def test_many_quick_keys_queue_no_work(explorer):
-    explorer.evaluate("""panel => { window.seen = []; new MutationObserver(() =>
-        window.seen.push(panel.querySelector("output").textContent)).observe(panel, {childList: true, subtree: true}) }""")
-    explorer.get_by_label("seed").fill("11")  # new trainings all along
-    explorer.get_by_label("seed").press("Enter")
-    slider(explorer, 0).focus()
-    for key in 4 * ["ArrowRight"] + 6 * ["ArrowLeft", "ArrowRight"] + 2 * ["ArrowRight"]:
-        explorer.page.keyboard.press(key)
-    shows(explorer, "LoRA on · rank 64 · ")
-    time.sleep(1)
-    shows(explorer, "LoRA on · rank 64 · ")
-    shown = set(explorer.page.evaluate("() => window.seen"))
-    print(f"\n18 quick keys: {len(shown)} pictures")
-    assert len(shown) < 12
+def drag_to_the_end(panel: Locator, number: int) -> None:
+    handle, track = slider(panel, number).bounding_box(), panel.locator(".noUi-base").nth(number).bounding_box()
+    mouse = panel.page.mouse
+    mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
+    mouse.down()
+    mouse.move(track["x"] + track["width"], handle["y"], steps=5)
+    mouse.up()
+
+
+def test_the_inspector_by_keyboard_and_mouse(page):
+    inspector = other_panel(page, 2)
+    for number, start in enumerate(("LoRA on · rank 2 · α 1 · ", "LoRA on · rank 2 · α 2 · ")):
+        slider(inspector, number).press("ArrowRight")
+        shows(inspector, start)
+    inspector.get_by_label("steps").fill("80")
+    inspector.get_by_label("steps").press("Enter")
+    expect(inspector.locator("output")).to_have_text(re.compile("after 80 steps$"))
+    for number, start in enumerate(("LoRA on · rank 4 · α 2 · ", "LoRA on · rank 4 · α 16 · ")):
+        drag_to_the_end(inspector, number)
+        shows(inspector, start)
+    inspector.get_by_label("LoRA on").press("Space")
+    shows(inspector, "LoRA off · rank 4 · α 16 · α/r 4 · the weight is W, to the bit · ")
+    inspector.get_by_label("LoRA on").click()
+    shows(inspector, "LoRA on · rank 4 · α 16 · ")
+    assert not page.errors
+
+
+def test_the_scaling_lab_by_keyboard_and_mouse(page):
+    lab = other_panel(page, 3)
+    slider(lab, 0).press("ArrowRight")
+    shows(lab, "LoRA on · rank 8 · α 1 · scale α/r = 0.125 · linear2: ")
+    lab.get_by_label("scale").select_option("α/√r")
+    shows(lab, "LoRA on · rank 8 · α 1 · scale α/√r = 0.354 · linear2: ")
+    slider(lab, 1).press("ArrowRight")
+    shows(lab, "LoRA on · rank 8 · α 2 · scale α/√r = 0.707 · linear2: ")
+    lab.get_by_label("layer").press("End")
+    shows(lab, "LoRA on · rank 8 · α 2 · scale α/√r = 0.707 · linear3: ")
+    drag_to_the_end(lab, 0)
+    shows(lab, "LoRA on · rank 64 · α 2 · scale α/√r = 0.25 · linear3: ")
+    assert not page.errors
+
+
+@pytest.mark.parametrize("control, key", [("rank", "ArrowRight"), ("seed", "ArrowUp")])
+def test_a_key_held_down_queues_no_work(explorer, control, key):
+    """At most the training under way at key-up is finished, and one more for where the key was let go."""
+    seed = explorer.get_by_label("seed")
+    seed.fill({"rank": "1100", "seed": "1200"}[control])  # every setting from here on must be trained
+    seed.press("Enter")
+    expect(explorer.locator("output")).to_have_text(re.compile("seed 1.00, just trained"), timeout=60_000)
+    explorer.evaluate("""panel => { window.later = null; addEventListener("keyup", () => window.later = [], {once: true, capture: true});
+        new MutationObserver(() => window.later?.push(panel.querySelector("output").textContent))
+            .observe(panel.querySelector("output").parentNode, {childList: true, subtree: true, characterData: true}) }""")
+    held = slider(explorer, 0) if control == "rank" else seed
+    held.focus()
+    for _ in range(20):
+        explorer.page.keyboard.down(key)  # again and again without letting go, as a keyboard repeats
+        time.sleep(0.03)
+    explorer.page.keyboard.up(key)
+    value = seed.input_value()
+    settled = "^LoRA on · rank 64 .* seed 1100, " if control == "rank" else f" seed {value}, "
+    assert control == "rank" or int(value) >= 1210, "the key did repeat"
+    expect(explorer.locator("output")).to_have_text(re.compile(settled), timeout=60_000)
+    time.sleep(2)
+    expect(explorer.locator("output")).to_have_text(re.compile(settled))
+    trained = {text for text in explorer.page.evaluate("() => window.later") if text.endswith("just trained")}
+    print(f"\n{control}: {len(trained)} trainings done after key-up")
+    assert len(trained) <= 2
 
 
 def test_nothing_jumps(explorer, page):
     explorer.evaluate(WATCH)
-    moves = [("slider", "ArrowRight"), ("slider", "ArrowRight"), ("switch", "Space"), ("switch", "Space"), ("slider", "ArrowLeft")]
-    for control, key in moves:
-        (slider(explorer, 0) if control == "slider" else explorer.get_by_label("LoRA on")).press(key)
-        time.sleep(0.5)
+    rank, switch = slider(explorer, 0), explorer.get_by_label("LoRA on")
+    moves = [(rank, "ArrowRight", "on · rank 2"), (rank, "ArrowRight", "on · rank 4"), (switch, "Space", "off · rank 4"),
+             (switch, "Space", "on · rank 4"), (rank, "ArrowLeft", "on · rank 2")]  # fmt: skip
+    for control, key, text in moves:
+        control.press(key)
+        shows(explorer, f"LoRA {text} · ")
+        time.sleep(0.2)
     frames, places = page.evaluate("() => [window.frames_seen, [...window.places]]")
     assert frames > 20 and len(places) == 1, places
     assert float(places[0].split()[2]) >= 1000
@@ -257,6 +371,20 @@ def test_a_digit_is_drawn_by_mouse(pad, explorer):
     shows(pad, "LoRA on · rank 2 · α 1 · nothing drawn yet")
 
 
+def test_repaired_and_broken_images_one_after_the_other(pad):
+    answers = re.compile(r"test image (\d+), a (\d) · the base says (\d) .* now (\d) ")
+    seen = set()
+    for name, act in 2 * [("next repaired", lambda b: b.press("Enter")), ("next broken", lambda b: b.click())]:
+        before = pad.locator("output").inner_text()
+        act(pad.get_by_role("button", name=name))
+        expect(pad.locator("output")).not_to_have_text(before)
+        expect(pad.locator("output")).to_have_text(answers)
+        image, digit, base, now = answers.search(pad.locator("output").inner_text()).groups()
+        assert (now if name == "next repaired" else base) == digit and base != now
+        seen.add(image)
+    assert len(seen) == 4
+
+
 def test_latency_is_measured_and_printed(explorer, page):
     """No bound: machines differ. On two cores the sample is to answer in 0.5 s when it trains, 0.15 s when it remembers."""
     rank, switch = slider(explorer, 0), explorer.get_by_label("LoRA on")
@@ -276,3 +404,21 @@ def test_latency_is_measured_and_printed(explorer, page):
     for kind, values in times.items():
         print(f"\n{kind}: {sorted(round(value) for value in values)} ms from key to picture", end="")
     assert all(values and min(values) > 0 for values in times.values())
+
+
+def test_all_is_readable_in_the_dark(explorer, page):
+    for theme, light in (("JupyterLab Dark", "false"), ("JupyterLab Light", "true")):
+        page.get_by_text("Settings", exact=True).first.click()
+        page.get_by_text("Theme", exact=True).click()
+        page.get_by_text(theme, exact=True).click()
+        page.locator(f"body[data-jp-theme-light={light}]").wait_for(state="attached")
+        page.locator("#jupyterlab-splash").wait_for(state="detached")
+        for number in range(4):
+            contrast = other_panel(page, number).evaluate(CONTRAST)
+            print(f"\n{theme}, panel {number}: contrast at least {contrast:.1f}", end="")
+            assert contrast >= 4.5
+        explorer.get_by_label("LoRA on").press("Space")
+        shows(explorer, "LoRA off" if light == "false" else "LoRA on")
+        if SCREENSHOTS:
+            explorer.evaluate("panel => panel.scrollIntoView({block: 'center'})")
+            page.screenshot(path=f"{SCREENSHOTS}/{theme.split()[-1]}.png")
