@@ -9,7 +9,8 @@ from test_browser_widgets import browser, lab, run_all, shows, slider  # noqa: F
 
 MOVES = ["rank →"] * 6 + ["α →"] + ["rank ←"] * 6 + ["α →"] + ["rank →"] * 6  # no setting comes twice: each move trains
 PREPARE = """\
-import copy, threading, time
+import copy, os, threading, time
+os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch comes: the cell and the slider's thread have a core each
 import torch
 from ipykernel.comm.comm import BaseComm
 # ipykernel 7.0 to 7.3 hear each move at once, on the thread the page asks for; 7.4 keeps it until the cell is done. Here: at once.
@@ -23,7 +24,7 @@ nines = only_digit(mnist.train, 9)
 def training():  # A and the order of the images come from PyTorch's global random stream
     torch.manual_seed(5)
     net = freeze_base(add_lora(copy.deepcopy(base), rank=4))
-    losses = train(net, nines, max_batches=100, progress=False)
+    losses = train(net, nines, max_batches=40, progress=False)
     return torch.tensor(losses), net.state_dict(), torch.rand(3)
 
 def equal(one, other):
@@ -44,7 +45,7 @@ explorer.observe(listen, "result")
 explorer"""
 TRAIN = f"""\
 running, trainings, start = True, [], time.monotonic()
-while len(heard) < {len(MOVES)} and time.monotonic() - start < 90:
+while len(heard) < {len(MOVES)} and time.monotonic() - start < 240:  # far more than it takes
     trainings.append(equal(training(), alone))
 running = False
 print(f"trainings: {{len(trainings) > 1}}, all the same to the bit: {{all(trainings)}}")
@@ -54,7 +55,8 @@ print("on another thread:", not any(main for _, main, _ in heard))"""
 COMPARE = """\
 undisturbed = LoRAExplorer(base, mnist)
 def figures(result):
-    return result.on.predictions, result.off.predictions
+    norms = torch.tensor(list(result.norms.values()))
+    return [result.on.predictions, result.off.predictions, result.repaired, result.broken, norms, *result.singular_values.values()]
 right = []
 for settings, result in shown.items():
     undisturbed.apply(settings)
