@@ -188,8 +188,8 @@ class FineTuner:
             for adapter in adapters:
                 adapter.lora_B.zero_()
             zero = torch.equal(self._net(self._probe), self._probe_logits)
-            remove_lora(self._net)
-            unmoved = all(torch.equal(p, self._copies[name]) for name, p in self._net.named_parameters())
+            now = {name.replace("parametrizations.weight.original", "weight"): p for name, p in self._net.named_parameters()}
+            unmoved = all(torch.equal(now[name], copied) for name, copied in self._copies.items())
         return {
             "base weights unchanged to the bit": unmoved,
             "LoRA off = base, to the bit": off,
@@ -203,7 +203,7 @@ class FineTuner:
         Args:
             images: float32, N×1×28×28, normalised as in `load_mnist`.
         """
-        with self._lock, self._loaded(settings), torch.no_grad():
+        with self._lock, self._loaded(settings), torch.no_grad(), factorised(self._net):
             on = self._net(self._like_the_net(images)).softmax(dim=1).cpu()
             with lora_disabled(self._net):
                 off = self._net(self._like_the_net(images)).softmax(dim=1).cpu()
@@ -275,7 +275,9 @@ class FineTuner:
         yield
 
     def _put(self, settings: Settings, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self._add_lora(settings)
+        worn = [(adapter.rank, adapter.alpha) for (adapter,) in lora_layers(self._net).values()]
+        if worn != len(pairs) * [(settings.rank, settings.alpha)]:  # registering them anew takes longer than all else here
+            self._add_lora(settings)
         with torch.no_grad():
             for (adapter,), (A, B) in zip(lora_layers(self._net).values(), pairs):
                 adapter.lora_A.copy_(A)

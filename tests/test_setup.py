@@ -59,6 +59,38 @@ def test_stored_notebook_was_run_in_order_and_carries_nothing_of_one_machine(pat
     assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text())
 
 
+def printed(name):
+    """All that the stored notebook printed."""
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def test_pages_quote_the_figures_that_the_notebooks_show():
+    story = printed("4_digit_9.ipynb")
+    nines, others, accuracy = (
+        re.search(rf"^{what} (\S+) → (\S+)$", story, re.M).groups() for what in ("nines wrong", "all others wrong", "accuracy")
+    )
+    assert f"accuracy {accuracy[0]}" in printed("1_mlp.ipynb")
+    readme, teaching = (ROOT / "README.md").read_text(), (ROOT / "notebooks" / "TEACHING.md").read_text()
+    row = "| the sample, seed 0, one thread | {} → {} | {} → {} | {} → {} |"
+    assert row.format(*accuracy, *nines, *others) in readme
+    assert f"{nines[0]} wrong nines became {nines[1]}" in teaching and f"{others[0]} became {others[1]}" in teaching
+
+
+def test_the_readme_gives_the_times_that_the_notebooks_give():
+    readme = (ROOT / "README.md").read_text()
+    for path in NOTEBOOKS:
+        opening = nbformat.read(path, as_version=4).cells[0].source
+        reading, doing = re.search(r"\*\*Time:\*\* (\d+) minutes to run and read, (\d+) with", opening).groups()
+        row = next(line for line in readme.splitlines() if f"(notebooks/{path.name})" in line)
+        assert f"| {reading} min | {doing} min |" in row
+
+
+def test_no_figure_is_still_to_come():
+    for page in (ROOT / "README.md", ROOT / "notebooks" / "TEACHING.md"):
+        assert not re.search(r"\b(SPEED|MEMORY|T\d s|TODO|XXX)\b", page.read_text())
+
+
 def test_the_notebooks_are_numbered_without_a_gap():
     assert [path.name[:2] for path in NOTEBOOKS] == [f"{n}_" for n in range(1, len(NOTEBOOKS) + 1)]
     assert len(NOTEBOOKS) >= 4

@@ -13,6 +13,7 @@ LAYER_STYLES = ((BEFORE, "o"), ("#D55E00", "s"), ("#009E73", "^"))  # Okabe and 
 STRIP = 12  # images repaired, and as many broken, that are shown
 PALE = 0.35  # what LoRA would do if it were on
 ORIGINS = {"just tested": "trained before, tested just now"}  # in words that explain themselves
+REMEMBERED = 32  # drawings, of some 100 kB each
 ZERO = 1e-3  # where a logarithmic axis draws zero, and all below
 
 
@@ -48,6 +49,7 @@ class ExplorerPicture(LivePicture):
         super().__init__(11, 4.55, caption)
         self._images, self._labels = test.tensors
         self._ranks = ranks
+        self._of, self._drawn = None, {}
         self._make_bars()
         self._base_map, self._now_map = self._make_map(4.95, "base"), self._make_map(7.2, "LoRA on")
         axes, image, numbers = self._now_map
@@ -113,6 +115,7 @@ class ExplorerPicture(LivePicture):
     def update(self, result: FineTuning, enabled: bool, summary: str) -> "ExplorerPicture":
         """Shows `result` with LoRA on or off; returns the picture itself."""
         now, label = (result.on, "LoRA on") if enabled else (result.off, "LoRA off")
+        self._of = (result.settings, enabled, self._caption.get_visible() and summary)
         self.describe(summary)
         self._update_bars(result, now, label)
         if self._background is None:  # the base stays the same, its shades too
@@ -123,6 +126,16 @@ class ExplorerPicture(LivePicture):
         for strip, indices, (done, would) in zip(self._strips, (result.repaired, result.broken), (("repaired", "repair"), ("broken", "break"))):
             self._update_strip(strip, indices, f"{done} by LoRA:" if enabled else f"LoRA on would {would}", result, enabled)
         return self
+
+    def png(self) -> bytes:
+        """The picture as PNG; what was drawn lately is not drawn again, so that the switch can go back and forth at once."""
+        self.fit()
+        key = (self._of, self.dpi)
+        if key not in self._drawn:
+            self._drawn[key] = super().png()
+            if len(self._drawn) > REMEMBERED:
+                del self._drawn[next(iter(self._drawn))]
+        return self._drawn[key]
 
     def _update_bars(self, result, now, label):
         heights = result.off.wrong_counts, now.wrong_counts

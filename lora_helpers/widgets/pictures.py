@@ -42,11 +42,15 @@ class LivePicture(Picture):
             lines[-1] += (" · " if lines[-1] else "") + part
         self._caption.set_text("\n".join(lines))
 
-    def png(self) -> bytes:
+    def fit(self) -> None:
+        """Takes on the size that `projector_mode` asks for."""
         dpi = DPI * plots._type_scale  # all grows, for larger type alone would not fit: the places are fixed
         if self.dpi != dpi:
             self.set_dpi(dpi)
             self._background = None
+
+    def png(self) -> bytes:
+        self.fit()
         renderer = self._canvas.get_renderer()
         if self._background is None:
             for artist in self._moving:
