@@ -199,7 +199,7 @@ def experiment(mnist):
 
 
 def check_story(before, after):
-    assert after.wrong_counts[9] <= before.wrong_counts[9] / 2
+    assert after.wrong_counts[9] < before.wrong_counts[9]
     assert sum(after.wrong_counts[:9]) > sum(before.wrong_counts[:9])
     assert after.wrong_counts[4] > before.wrong_counts[4]
     assert after.precision[9] < before.precision[9]
@@ -215,3 +215,4 @@ def test_the_story_on_full_mnist(full_mnist_root):
     before, after = experiment(load_mnist("full", root=full_mnist_root))
     assert 0.92 <= before.accuracy <= 0.97  # one core instead of two: 0.932 instead of 0.946
     check_story(before, after)
+    assert after.wrong_counts[9] <= before.wrong_counts[9] / 2  # on the sample in eight of ten seeds only: tests/seeds.py
