@@ -212,6 +212,7 @@ def all_or_nothing(net: nn.Module) -> Iterator[None]:
 
     What was written into a tensor in place is not undone.
     """
+    gradients = torch.is_grad_enabled()
     modules = [
         (module, type(module), {**vars(module), "_parameters": copy.copy(module._parameters), "_modules": copy.copy(module._modules)})
         for module in net.modules()
@@ -220,6 +221,7 @@ def all_or_nothing(net: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        torch.set_grad_enabled(gradients)  # an interrupt at the very end of a no_grad block leaves them off
         for module, kind, attributes in modules:
             module.__class__ = kind
             vars(module).update(attributes)

@@ -536,6 +536,7 @@ def test_interrupted_anywhere_a_network_is_as_before_or_done(calls, name):
         net = small()
         if not interrupted_at(line, lambda: call(net)):
             break
+        assert torch.is_grad_enabled(), f"line {line}"
         if alike(look(net), before):
             again += 1
             call(net)  # the same cell once more
@@ -551,6 +552,7 @@ def test_an_interrupted_merge_adds_nothing_twice(calls):
         net = copy.deepcopy(start)
         if not interrupted_at(line, lambda: merge_lora(net)):
             break
+        assert torch.is_grad_enabled(), f"line {line}"
         assert torch.equal(net(torch.ones(2, 3)), outputs)
         if adapter_names(net):
             merge_lora(net)
