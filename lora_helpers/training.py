@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from itertools import islice
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from lora_helpers import __version__
 from lora_helpers.cache import load_tensors, save_tensors
 from lora_helpers.checks import LARGEST_SEED, check_network, check_positive, check_whole
 from lora_helpers.data import Mnist, as_tensors, check_mnist
-from lora_helpers.factorisation import factorised, side_by_side
+from lora_helpers.factorisation import factorised, side_by_side, with_first_products
 from lora_helpers.model import RichBoyNet
 
 
@@ -108,9 +109,8 @@ def train(
     optimizer = _optimizer(optimizer_class, trainable, lr)
     losses = torch.zeros(steps, device=device)
     with _mode(net, training=True), factorised(net), tqdm(total=steps, disable=not progress, unit="batch") as bar:
-        for step, batch in zip(range(steps), _batches(len(labels), batch_size, seed)):
-            batch = batch.to(device)
-            loss = F.cross_entropy(_logits(net, images[batch]), labels[batch])
+        for step, (x, digits) in zip(range(steps), _drawn(net, images, labels, batch_size, seed)):
+            loss = F.cross_entropy(_logits(net, x), digits)
             _step(optimizer, loss)
             losses[step] = loss.detach()
             if progress and (step + 1) % 50 == 0:  # reading a loss makes the device wait
@@ -146,9 +146,9 @@ def train_side_by_side(
         trainable = _trainable(*nets)
         optimizer = _Adam(trainable, lr)
         images, labels = images.to(trainable[0]), labels.to(trainable[0].device)
-        for _, batch in zip(range(max_batches), _batches(len(labels), batch_size, seed)):
-            logits = _logits(together, torch.cat([images[batch]] * len(nets)))
-            loss = len(nets) * F.cross_entropy(logits, labels[batch].repeat(len(nets)))  # each network's own mean, summed
+        for _, (x, digits) in zip(range(max_batches), _drawn(together, images, labels, batch_size, seed)):
+            logits = _logits(together, torch.cat([x] * len(nets)))
+            loss = len(nets) * F.cross_entropy(logits, digits.repeat(len(nets)))  # each network's own mean, summed
             _step(optimizer, loss)
 
 
@@ -273,6 +273,16 @@ class _Adam:
             parameters, [p.grad for p in parameters], means, squares, [], steps,
             amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=0.0, eps=1e-8, maximize=False, fused=True,
         )  # fmt: skip
+
+
+def _drawn(
+    net: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What `net` is given for each batch, and the labels; fetched for twenty batches at once, which costs less."""
+    batches = _batches(len(labels), batch_size, seed)
+    while ahead := list(islice(batches, 20)):
+        chosen, sizes = torch.cat(ahead).to(images.device), [len(batch) for batch in ahead]
+        yield from zip(with_first_products(net, images[chosen]).split(sizes), labels[chosen].split(sizes))
 
 
 def _batches(size: int, batch_size: int, seed: int | None):

@@ -21,6 +21,7 @@ from lora_helpers import (
     train,
     train_side_by_side,
 )
+from lora_helpers.factorisation import with_first_products
 
 
 def adapted(rank, alpha):
@@ -254,3 +255,53 @@ def test_training_steps_are_those_of_pytorchs_adam():
     losses = train(net, digits, max_batches=20, seed=0, progress=False)
     assert losses == train(twin, digits, max_batches=20, seed=0, progress=False, optimizer_class=torch.optim.Adam)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters()))
+
+
+def test_the_first_products_may_come_along_with_the_images():
+    net, twin = adapted(2, 1), adapted(3, 1)
+    images = torch.randn(6, 1, 28, 28)
+    with factorised(net):
+        rows = with_first_products(net, images)
+        assert rows.shape == (6, 784 + 30)
+        assert torch.allclose(net(rows), net(images), rtol=1e-4, atol=1e-4)
+        set_lora_enabled(net, False)
+        assert torch.allclose(net(rows), net(images), atol=1e-5)
+    set_lora_enabled(net, True)
+    with side_by_side([net, twin]):
+        rows = with_first_products(net, images)
+        assert rows.shape == (6, 784 + 30)
+        assert torch.allclose(net(torch.cat([rows, rows])), net(torch.cat([images, images])), rtol=1e-4, atol=1e-4)
+
+
+class OwnNet(RichBoyNet):
+    pass
+
+
+def test_where_the_first_products_may_change_or_be_seen_images_are_images():
+    images = torch.randn(6, 784)
+    thawed, hooked, other = adapted(2, 1), adapted(2, 1), adapted(2, 1)
+    thawed.linear1.parametrizations.weight.original.requires_grad_()
+    seen = []
+    hooked.linear1.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].shape))
+    other.__class__ = OwnNet
+    for net in (thawed, hooked, other, RichBoyNet(30, 40)):
+        with factorised(net):
+            assert with_first_products(net, images) is images
+    net = adapted(2, 1)
+    assert with_first_products(net, images) is images
+    train(hooked, load_mnist().test, max_batches=2, progress=False)
+    assert set(seen) == {(10, 784)}
+
+
+def test_a_network_tested_or_copied_in_the_middle_of_its_training_answers_as_ever():
+    net, nines = adapted(2, 1), only_digit(load_mnist().test, 9)
+    answers = []
+
+    def ask(done):
+        twin = copy.deepcopy(net)
+        twin.linear1.parametrizations.weight[0].lora_B.data.zero_()
+        answers.append((net(nines.tensors[0]), twin(nines.tensors[0])))
+
+    train(net, nines, max_batches=3, seed=0, progress=False, after_batch=ask)
+    assert torch.allclose(answers[-1][0], net(nines.tensors[0]), rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(*answers[-1], atol=1e-3)
