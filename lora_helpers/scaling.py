@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from lora_helpers.data import Mnist, as_tensors, load_mnist, only_digit
-from lora_helpers.factorisation import factorised, side_by_side
+from lora_helpers.factorisation import factorised, side_by_side, with_first_products
 from lora_helpers.lora import LoRAParametrization, add_lora, count_parameters, freeze_base, lora_layers
 from lora_helpers.model import RichBoyNet
 from lora_helpers.training import evaluate, pretrained_base, train
@@ -420,17 +420,17 @@ def learning_curves(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], 
     """
     settings = list(settings)
     nets = [start_lora(base, setting) for setting in settings]
-    gradients = [[] for _ in settings]
+    trained = [[p for p in net.parameters() if p.requires_grad] for net in nets]
+    gradients = torch.zeros(batches, len(nets))
     with tqdm(total=batches, disable=not progress, unit="batch") as bar:
 
         def measure(batch: int) -> None:
-            for net, own in zip(nets, gradients):
-                own.append(_norm_of([p.grad for adapter in _adapters(net).values() for p in adapter.parameters()]))
+            gradients[batch - 1] = torch.stack([nn.utils.get_total_norm([p.grad for p in own]) for own in trained])
             bar.update()
 
         losses = _train_together(nets, settings, mnist.train, batches, measure)
     curves = []
-    for setting, net, own_losses, own_gradients in zip(settings, nets, losses, gradients):
+    for setting, net, own_losses, own_gradients in zip(settings, nets, losses, gradients.T.tolist()):
         signals = _signals(net, mnist.test)
         curves.append(Curve(setting, own_losses, own_gradients, *signals, evaluate(net, mnist.test).accuracy))
     return curves
@@ -517,6 +517,8 @@ def _train_together(
     losses = torch.zeros(batches, len(nets), device=device)
     orders = zip(*(_order(len(labels), setting.seed) for setting in settings))
     with side_by_side(nets) as together:
+        if len(images) <= 10 * batches * len(nets):  # else most of them are never drawn
+            images = with_first_products(together, images)
         for batch, chosen in zip(range(batches), orders):
             rows = torch.cat(chosen).to(device)
             each = F.cross_entropy(together(images[rows]), labels[rows], reduction="none").view(len(nets), -1).mean(dim=1)
