@@ -32,6 +32,7 @@ from lora_helpers.training import evaluate, pretrained_base, train
 RULES = {"α": lambda rank: 1.0, "α/√r": lambda rank: rank**-0.5, "α/r": lambda rank: 1 / rank}
 OPTIMIZERS = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
 STARTS = {"normal": "A ~ N(0, 1)", "kaiming": "A ~ Kaiming-uniform"}
+ALPHAS, FACTORS = (0.25, 1, 4, 16), (1 / 16, 1 / 4, 1, 4)  # of the grid; the factors are on the usual learning rates
 TOGETHER = 10  # adapters trained side by side
 WEIGHTS = ("linear1", "linear2", "linear3")
 
@@ -296,6 +297,15 @@ def ladder(
 def grid(alphas: Iterable[float], lrs: Iterable[float], **common) -> list[Setting]:
     """Settings for each α (outer) and learning rate (inner), scale α/r; `common` as in `Setting`."""
     return [Setting(alpha=alpha, lr=lr, **common) for alpha in alphas for lr in lrs]
+
+
+def accuracy_gaps(runs: Sequence[Run], columns: int) -> list[float]:
+    """In a `grid` of one seed, how far apart in accuracy (0 to 1) two runs are that lie one α and `columns` learning rates apart:
+    the first has the higher α, the second the higher rate. Pairs of which one diverged are left out."""
+    cell = {(run.setting.alpha, run.setting.lr): run for run in runs}
+    alphas, lrs = (sorted(set(values)) for values in zip(*cell))
+    pairs = [(cell[high, left], cell[low, right]) for low, high in zip(alphas, alphas[1:]) for left, right in zip(lrs, lrs[columns:])]
+    return [abs(one.accuracy - other.accuracy) for one, other in pairs if one.finite and other.finite]
 
 
 def norm_slopes(runs: Sequence[Run], layer: str = "linear2", batches: int | None = None, quantity: str = "norm") -> dict[str, list[float]]:
@@ -632,6 +642,29 @@ def main() -> None:
                 columns = ([r.wrong for r in some], [r.accuracy for r in some], *zip(*((r.final["linear2"].norm, r.final["linear2"].along) for r in some)))
                 ranges = [f"{min(c):.{d}f}–{max(c):.{d}f}" for c, d in zip(columns, (0, 3, 2, 2))]
                 print(f"scale {rule:4} · r {rank:2} · " + " · ".join(ranges))
+
+    seeds = range(options.seeds)
+    for optimizer, lrs in (("Adam", [1e-3 * f for f in FACTORS]), ("SGD", [1e-2 * f for f in FACTORS])):
+        grids = [sweep(base, mnist, grid(ALPHAS, lrs, rank=4, optimizer=optimizer, seed=seed)) for seed in seeds]
+        print(f"\nGrid, {optimizer}: α by learning rate {', '.join(f'{lr:.2g}' for lr in lrs)}, rank 4, {options.seeds} seeds")
+        print("mean of nines wrong, and of accuracy")
+        for row, alpha in enumerate(ALPHAS):
+            cells = [[runs[row * len(lrs) + column] for runs in grids] for column in range(len(lrs))]
+            print(f"α {alpha:5} · " + " · ".join(f"{mean(r.wrong for r in c):5.1f} {mean(r.accuracy for r in c):.3f}" for c in cells))
+        for columns in (1, 2):
+            means = [mean(accuracy_gaps(runs, columns)) for runs in grids]
+            print(f"one α up, {columns} to the left: accuracy {min(means):.3f}–{max(means):.3f} apart, the mean over the pairs of each seed")
+
+    print(f"\nrsLoRA, pixels shuffled, α = 16, A ~ Kaiming-uniform, 300 batches, {options.seeds} seeds, from least to most")
+    shuffled = shuffled_pixels(mnist)
+    for optimizer, lr, ranks in (("Adam", 1e-4, (4, 16, 64)), ("SGD", 1e-2, (4, 64))):
+        settings = [Setting(rank, 16, rule, optimizer, lr, "kaiming") for rule in ("α/r", "α/√r") for rank in ranks]
+        by_seed = [learning_curves(base, shuffled, [replace(setting, seed=seed) for setting in settings]) for seed in seeds]
+        for curves in zip(*by_seed):
+            of = curves[0].setting
+            columns = [(mean(c.losses[-20:]), c.accuracy, c.forwards, c.backwards) for c in curves]
+            names = zip(("loss", "accuracy", "forwards", "backwards"), (2, 2, 3, 5), zip(*columns))
+            print(f"{optimizer:4} {of.rule:4} r {of.rank:2} · " + " · ".join(f"{n} {min(c):.{d}f}–{max(c):.{d}f}" for n, d, c in names))
 
 
 if __name__ == "__main__":

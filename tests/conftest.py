@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; set before anything imports torch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 FULL_MNIST = Path(__file__).parents[2] / "shared" / "mnist"
 
 
