@@ -144,7 +144,9 @@ def _forward_of_all(layers: list[nn.Linear], x: torch.Tensor) -> torch.Tensor:
     weight = layers[0].parametrizations.weight.original
     if len(layers) > 1 and (x.ndim < 2 or len(x) % len(layers)):
         raise ValueError(f"The input of shape {tuple(x.shape)} does not hold one block of rows for each of {len(layers)} networks, all of one length.")
-    x, product = x.split(weight.shape[::-1], dim=1) if x.shape[1:] == (sum(weight.shape),) else (x, None)  # see with_first_products
+    product = None
+    if x.shape[1:] == (sum(weight.shape),):  # see with_first_products
+        x, product = x.split(weight.shape[::-1], dim=1)
     if not any(adapter.applied for layer in layers for adapter in layer.parametrizations.weight):
         return F.linear(x, weight, layers[0].bias)  # off, LoRA leaves the base's outputs to the bit
     if product is None:

@@ -308,6 +308,11 @@ def accuracy_gaps(runs: Sequence[Run], columns: int) -> list[float]:
     return [abs(one.accuracy - other.accuracy) for one, other in pairs if one.finite and other.finite]
 
 
+def end(values: Sequence[float], window: int = 20) -> float:
+    """The mean of the last `window` values."""
+    return mean(values[-window:])
+
+
 def norm_slopes(runs: Sequence[Run], layer: str = "linear2", batches: int | None = None, quantity: str = "norm") -> dict[str, list[float]]:
     """For each rule the exponent of r in ‖ΔW‖ of one layer (or in its part along D), fitted for each seed."""
     slopes = {}
@@ -640,31 +645,44 @@ def main() -> None:
             for rank in (1, 4, 16, 64):
                 some = [r for r in runs if (r.setting.rule, r.setting.rank) == (rule, rank)]
                 columns = ([r.wrong for r in some], [r.accuracy for r in some], *zip(*((r.final["linear2"].norm, r.final["linear2"].along) for r in some)))
-                ranges = [f"{min(c):.{d}f}–{max(c):.{d}f}" for c, d in zip(columns, (0, 3, 2, 2))]
+                ranges = [_least_to_most(values, digits) for values, digits in zip(columns, (0, 3, 2, 2))]
                 print(f"scale {rule:4} · r {rank:2} · " + " · ".join(ranges))
 
-    seeds = range(options.seeds)
-    for optimizer, lrs in (("Adam", [1e-3 * f for f in FACTORS]), ("SGD", [1e-2 * f for f in FACTORS])):
-        grids = [sweep(base, mnist, grid(ALPHAS, lrs, rank=4, optimizer=optimizer, seed=seed)) for seed in seeds]
-        print(f"\nGrid, {optimizer}: α by learning rate {', '.join(f'{lr:.2g}' for lr in lrs)}, rank 4, {options.seeds} seeds")
-        print("mean of nines wrong, and of accuracy")
-        for row, alpha in enumerate(ALPHAS):
-            cells = [[runs[row * len(lrs) + column] for runs in grids] for column in range(len(lrs))]
-            print(f"α {alpha:5} · " + " · ".join(f"{mean(r.wrong for r in c):5.1f} {mean(r.accuracy for r in c):.3f}" for c in cells))
-        for columns in (1, 2):
-            means = [mean(accuracy_gaps(runs, columns)) for runs in grids]
-            print(f"one α up, {columns} to the left: accuracy {min(means):.3f}–{max(means):.3f} apart, the mean over the pairs of each seed")
+    _print_grids(base, mnist, options.seeds)
+    _print_rslora(base, mnist, options.seeds)
 
-    print(f"\nrsLoRA, pixels shuffled, α = 16, A ~ Kaiming-uniform, 300 batches, {options.seeds} seeds, from least to most")
+
+def _print_grids(base: nn.Module, mnist: Mnist, seeds: int) -> None:
+    for optimizer, usual in (("Adam", 1e-3), ("SGD", 1e-2)):
+        lrs = [usual * factor for factor in FACTORS]
+        grids = [sweep(base, mnist, grid(ALPHAS, lrs, rank=4, optimizer=optimizer, seed=seed)) for seed in range(seeds)]
+        print(f"\nGrid, {optimizer}: α by learning rate {', '.join(f'{lr:.2g}' for lr in lrs)}, rank 4, {seeds} seeds")
+        print("mean of nines wrong, and of accuracy")
+        cells = [
+            f"{mean(r.wrong for r in runs):5.1f} {mean(r.accuracy for r in runs):.3f}" if all(r.finite for r in runs) else "   diverged"
+            for runs in zip(*grids)
+        ]
+        for row, alpha in enumerate(ALPHAS):
+            print(f"α {alpha:5} · " + " · ".join(cells[row * len(lrs) : (row + 1) * len(lrs)]))
+        for columns in (1, 2):
+            gaps = _least_to_most([mean(accuracy_gaps(runs, columns)) for runs in grids], 3)
+            print(f"one α up, {columns} to the left: accuracy {gaps} apart, the mean over the pairs of each seed")
+
+
+def _print_rslora(base: nn.Module, mnist: Mnist, seeds: int) -> None:
+    print(f"\nrsLoRA, pixels shuffled, α = 16, A ~ Kaiming-uniform, 300 batches, {seeds} seeds, from least to most")
     shuffled = shuffled_pixels(mnist)
     for optimizer, lr, ranks in (("Adam", 1e-4, (4, 16, 64)), ("SGD", 1e-2, (4, 64))):
         settings = [Setting(rank, 16, rule, optimizer, lr, "kaiming") for rule in ("α/r", "α/√r") for rank in ranks]
-        by_seed = [learning_curves(base, shuffled, [replace(setting, seed=seed) for setting in settings]) for seed in seeds]
-        for curves in zip(*by_seed):
-            of = curves[0].setting
-            columns = [(mean(c.losses[-20:]), c.accuracy, c.forwards, c.backwards) for c in curves]
-            names = zip(("loss", "accuracy", "forwards", "backwards"), (2, 2, 3, 5), zip(*columns))
-            print(f"{optimizer:4} {of.rule:4} r {of.rank:2} · " + " · ".join(f"{n} {min(c):.{d}f}–{max(c):.{d}f}" for n, d, c in names))
+        by_seed = [learning_curves(base, shuffled, [replace(setting, seed=seed) for setting in settings]) for seed in range(seeds)]
+        for setting, curves in zip(settings, zip(*by_seed)):
+            losses, accuracies, forwards, backwards = zip(*((end(c.losses), c.accuracy, c.forwards, c.backwards) for c in curves))
+            print(f"{optimizer:4} {setting.rule:4} r {setting.rank:2} · loss {_least_to_most(losses, 2)} · accuracy {_least_to_most(accuracies, 2)}",
+                  f"· forwards {_least_to_most(forwards, 3)} · backwards {_least_to_most(backwards, 5)}")  # fmt: skip
+
+
+def _least_to_most(values: Sequence[float], digits: int) -> str:
+    return f"{min(values):.{digits}f}–{max(values):.{digits}f}"
 
 
 if __name__ == "__main__":

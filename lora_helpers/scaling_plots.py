@@ -11,7 +11,7 @@ import torch
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from lora_helpers.plots import AFTER, BEFORE, Picture
-from lora_helpers.scaling import WEIGHTS, Cost, Curve, FirstStep, Run, break_even_rank, norm_slopes
+from lora_helpers.scaling import WEIGHTS, Cost, Curve, FirstStep, Run, break_even_rank, end, norm_slopes
 
 THIRD = "#009E73"
 _STYLE = {"α": (THIRD, "^", ":"), "α/√r": (AFTER, "s", "--"), "α/r": (BEFORE, "o", "-")}
@@ -181,11 +181,6 @@ def plot_curves(curves: Sequence[Curve], window: int = 20) -> Picture:
     axes[0, 0].legend(frameon=False)
     figure.alt = "; ".join(said)
     return figure
-
-
-def end(values: Sequence[float], window: int = 20) -> float:
-    """The mean of the last `window` values."""
-    return mean(values[-window:])
 
 
 def plot_parameters(shapes: dict[str, tuple[int, int]]) -> Picture:
