@@ -26,7 +26,7 @@ from lora_helpers.data import Mnist, as_tensors, load_mnist, only_digit
 from lora_helpers.factorisation import factorised, side_by_side, with_first_products
 from lora_helpers.lora import LoRAParametrization, add_lora, count_parameters, freeze_base, lora_layers
 from lora_helpers.model import RichBoyNet
-from lora_helpers.training import evaluate, pretrained_base, train
+from lora_helpers.training import count_answers, evaluate, pretrained_base, train
 
 # The factor on B A as the rank grows: none, that of rsLoRA, that of LoRA. All agree at rank 1.
 RULES = {"α": lambda rank: 1.0, "α/√r": lambda rank: rank**-0.5, "α/r": lambda rank: 1 / rank}
@@ -268,6 +268,9 @@ def sweep(
     settings = list(settings)
     alike = [replace(setting, rule="α", alpha=setting.scale) for setting in settings]
     distinct, done, wanted = list(dict.fromkeys(alike)), {}, {*at, batches}
+    images, labels = as_tensors(mnist.test)
+    with factorised(start_lora(base, Setting())) as net:
+        images = with_first_products(net, images.to(next(base.parameters())))  # the same for every adapter
     with tqdm(total=len(distinct), disable=not progress, unit="run") as bar:
         for first in range(0, len(distinct), TOGETHER):
             chunk = distinct[first : first + TOGETHER]
@@ -281,7 +284,8 @@ def sweep(
 
             losses = _train_together(nets, chunk, only_digit(mnist.train, digit), batches, measure)
             for setting, net, size, own in zip(chunk, nets, sizes, losses):
-                result = evaluate(net, mnist.test)
+                with factorised(net):
+                    result = count_answers(net, images, labels)
                 done[setting] = Run(setting, size, result.wrong_counts[digit], result.accuracy, math.isfinite(own[-1]))
                 bar.update()
     return [replace(done[key], setting=setting) for key, setting in zip(alike, settings)]
@@ -526,8 +530,9 @@ def _train_together(
     device = parts[0][0].device
     images, labels = images.to(device), labels.to(device)
     groups: dict[str, list] = {}
-    for own, setting in zip(parts, settings):
-        groups.setdefault(setting.optimizer, []).append({"params": own, "lr": setting.lr})
+    for name, lr in dict.fromkeys((setting.optimizer, setting.lr) for setting in settings):  # few large groups are quicker
+        alike = [p for own, setting in zip(parts, settings) if (setting.optimizer, setting.lr) == (name, lr) for p in own]
+        groups.setdefault(name, []).append({"params": alike, "lr": lr})
     optimizers = [_choice("optimizer", name, OPTIMIZERS)(group, fused=True) for name, group in groups.items()]
     losses = torch.zeros(batches, len(nets), device=device)
     orders = zip(*(_order(len(labels), setting.seed) for setting in settings))

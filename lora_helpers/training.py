@@ -152,7 +152,6 @@ def train_side_by_side(
             _step(optimizer, loss)
 
 
-@torch.no_grad()
 def evaluate(net: nn.Module, dataset: TensorDataset) -> Evaluation:
     """Tests `net` on `dataset`: no gradients, no shuffling, evaluation mode; afterwards each module is in its own mode.
 
@@ -164,7 +163,12 @@ def evaluate(net: nn.Module, dataset: TensorDataset) -> Evaluation:
         TypeError: `net` is no network, or `dataset` no `TensorDataset` of images and labels.
     """
     check_network(net)
-    images, labels = as_tensors(dataset)
+    return count_answers(net, *as_tensors(dataset))
+
+
+@torch.no_grad()
+def count_answers(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Evaluation:
+    """`evaluate` without its checks, so that the images may bring their products along (see `with_first_products`)."""
     weight = next(net.parameters(), images)  # a network without parameters takes the images as they are
     with _mode(net, training=False):
         predictions = torch.cat([_logits(net, part.to(weight)).argmax(dim=1).cpu() for part in images.split(500)])

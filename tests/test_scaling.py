@@ -222,11 +222,11 @@ def test_full_fine_tuning_changes_weights_only_and_adding_it_gives_that_network(
 
 
 def test_settings_of_one_scale_are_trained_once_and_measured_at_every_stop(base, mnist, monkeypatch):
-    calls, real = [], scaling.start_lora
-    monkeypatch.setattr(scaling, "start_lora", lambda *args: calls.append(args[1]) or real(*args))
+    trained, real = [], scaling._train_together
+    monkeypatch.setattr(scaling, "_train_together", lambda nets, chunk, *others: trained.extend(chunk) or real(nets, chunk, *others))
     settings = scaling.ladder(ranks=(1,), seeds=(0,)) + [Setting(rank=1, alpha=2.0)]
     runs = scaling.sweep(base, mnist, settings, progress=False, batches=3, at=(1,))
-    assert len(calls) == 2 and [r.setting for r in runs] == settings
+    assert len(trained) == 2 and [r.setting for r in runs] == settings
     assert runs[0].sizes == runs[2].sizes != runs[3].sizes
     assert set(runs[0].sizes) == {1, 3} and runs[0].final is runs[0].sizes[3]
 
