@@ -61,7 +61,8 @@ class Preflight(widgets.VBox):
 
     def _table(self) -> str:
         rows = "".join(
-            f'<tr><th scope="row" style="text-align: left">{html.escape(check.what)}</th><td style="text-align: left">{_MARKS[check.state]} {check.state}</td>'
+            f'<tr><th scope="row" style="text-align: left">{html.escape(check.what)}</th>'
+            f'<td style="text-align: left; white-space: nowrap">{_MARKS[check.state]} {check.state}</td>'
             f'<td style="text-align: left">{html.escape(check.found)}</td></tr>'
             for check in self.checks
         )
