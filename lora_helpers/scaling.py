@@ -675,15 +675,16 @@ def _print_grids(base: nn.Module, mnist: Mnist, seeds: int) -> None:
 
 
 def _print_rslora(base: nn.Module, mnist: Mnist, seeds: int) -> None:
-    print(f"\nrsLoRA, pixels shuffled, α = 16, A ~ Kaiming-uniform, 300 batches, {seeds} seeds, from least to most")
+    print(f"\nrsLoRA, pixels shuffled, α = 16, A ~ Kaiming-uniform, 300 batches, {seeds} seeds")
+    print("last loss · accuracy · signal forwards · backwards, from least to most")
     shuffled = shuffled_pixels(mnist)
     for optimizer, lr, ranks in (("Adam", 1e-4, (4, 16, 64)), ("SGD", 1e-2, (4, 64))):
         settings = [Setting(rank, 16, rule, optimizer, lr, "kaiming") for rule in ("α/r", "α/√r") for rank in ranks]
         by_seed = [learning_curves(base, shuffled, [replace(setting, seed=seed) for setting in settings]) for seed in range(seeds)]
         for setting, curves in zip(settings, zip(*by_seed)):
             losses, accuracies, forwards, backwards = zip(*((end(c.losses), c.accuracy, c.forwards, c.backwards) for c in curves))
-            print(f"{optimizer:4} {setting.rule:4} r {setting.rank:2} · loss {_least_to_most(losses, 2)} · accuracy {_least_to_most(accuracies, 2)}",
-                  f"· forwards {_least_to_most(forwards, 3)} · backwards {_least_to_most(backwards, 5)}")  # fmt: skip
+            ranges = [_least_to_most(values, digits) for values, digits in ((losses, 2), (accuracies, 2), (forwards, 3), (backwards, 5))]
+            print(f"{optimizer:4} · scale {setting.rule:4} · r {setting.rank:2} · " + " · ".join(ranges))
 
 
 def _least_to_most(values: Sequence[float], digits: int) -> str:
