@@ -142,7 +142,16 @@ def test_what_python_says_comes_with_where_to_look():
     def for_one(labels):
         return labels != 9
 
+    def no_import(labels, digit):
+        return np.not_equal(labels, digit)  # noqa: F821
+
+    def no_self(self, weight):
+        return weight + scale * self.lora_B @ self.lora_A  # noqa: F821
+
+    assert "`self.scale`" in mechanics.forward.check(no_self).words
     for function, words in (
+        (lambda labels, digit: torch.zeros(2)[labels != digit], "Return the mask alone"),
+        (no_import, "must be imported first"),
         (unknown_name, "spelled as in the line `def"),
         (for_one, "leave the line `def"),
         (lambda labels, digit: not labels == digit, "use `~`"),
@@ -162,6 +171,9 @@ def test_what_python_says_comes_with_where_to_look():
     assert "finite" in scaling.dead_start.check(torch.full((2, 5), torch.nan), ZERO_B, "b").words
     assert "as their product" in your_turn.add_adapters.check(lambda A1, B1, A2, B2: B1 @ A1 + B2 @ A2).words
     assert "add them up" in mlp.layer_parameters.check(lambda i, o: (i * o, o)).words
+    assert "write 6794" in digit_9.adam_memory.check((12, 794)).words
+    assert "write 6794" in your_turn.largest_rank.check(lambda budget: (budget // 6, 794)).words
+    assert "append" in mechanics.compute_once.check(lambda layer, batches: [row for b in batches for row in layer(b)]).words
     assert "without brackets" in scaling.break_even.check([440]).words
     assert "is the bias in it" in mechanics.compute_once.check(lambda layer, batches: [b @ layer.weight.T for b in batches]).words
 
@@ -249,6 +261,7 @@ RIGHT_1 = many(
     (mlp.all_but, lambda labels, digit: (labels != digit).nonzero().flatten(), None),
     (mlp.all_but, lambda labels, digit: torch.tensor([int(label) != digit for label in labels]), None),
     (mlp.all_but, lambda labels, digit: labels.sub_(digit) != 0, None),
+    (mlp.all_but, lambda labels, digit: torch.where(labels != digit), None),
     (mlp.wrong_per_digit, lambda c: c.clone().fill_diagonal_(0).sum(dim=1), None),
     (mlp.wrong_per_digit, lambda c: [int(c[d].sum() - c[d, d]) for d in range(10)], None),
     (mlp.keep_copies, lambda net: copy.deepcopy(net.state_dict()), None),
@@ -270,6 +283,9 @@ WRONG_1 = many(
     (mlp.all_but, lambda labels, digit: (labels != digit).int(), "0 and 1 for False and True"),
     (mlp.all_but, lambda labels, digit: (labels != digit).long(), "0 and 1 for False and True"),
     (mlp.all_but, lambda labels, digit: labels != 9, None),
+    (mlp.all_but, lambda labels, digit: labels is not digit, "one answer for all"),
+    (mlp.all_but, lambda labels, digit: labels != str(digit), "one answer for all"),
+    (mlp.all_but, lambda labels, digit: (labels != digit).nonzero(), "places in a column"),
     (mlp.wrong_per_digit, lambda c: c.sum(0) - c.diagonal(), "rows and columns swapped"),
     (mlp.wrong_per_digit, lambda c: c.diagonal(), "right answers counted"),
     (mlp.wrong_per_digit, lambda c: c.sum(1), "right answers not taken away"),
@@ -282,10 +298,12 @@ WRONG_1 = many(
     (mlp.keep_copies, lambda net: {n: p.detach() for n, p in net.named_parameters()}, "no memory of its own"),
     (mlp.keep_copies, lambda net: net.state_dict(), "no memory of its own"),
     (mlp.keep_copies, weights_only, "biases left out"),
+    (mlp.keep_copies, lambda net: next({n: p.detach().clone()} for n, p in net.named_parameters()), "a return inside the loop"),
     (mlp.keep_copies, lambda net: {n: p.clone() for n, p in net.named_parameters()}, "still part of the graph"),
     (mlp.keep_copies, lambda net: {"linear1.bias": net.linear1.bias}, None),
     (mlp.accuracy, measured("train"), "tested on the training set"),
     (mlp.accuracy, measured("test", dim=0), "the best of the images, not of the logits"),
+    (mlp.accuracy, lambda net, mnist: (net(mnist.test.tensors[0]) == mnist.test.tensors[1]).float().mean(), "all ten logits compared"),
     (mlp.accuracy, measured("test", dim=None), "one answer for all images"),
     (mlp.accuracy, answers_to_other_labels, "images and labels of different sets"),
     (mlp.accuracy, measured("test", wrong=True), "wrong answers instead of right ones"),
@@ -329,6 +347,7 @@ WRONG_2 = many(
     (scaling.break_even, 439.46, "not a whole rank"),
     (scaling.break_even, 446, "half the mean side"),
     (scaling.break_even, 10, None),
+    (scaling.update, lambda A, B, alpha, rank: (B @ A).norm(), "one number for a matrix"),
     (scaling.update, lambda A, B, alpha, r: alpha * r * (B @ A), "α·r for α/r"),
     (scaling.update, lambda A, B, alpha, r: r / alpha * (B @ A), "r/α for α/r"),
     (scaling.update, lambda A, B, alpha, r: B @ A, "scale forgotten"),
@@ -353,7 +372,7 @@ WRONG_2 = many(
     (scaling.dead_start, (ZERO_A, ZERO_B, "c"), "the optimiser blamed"),
     (scaling.dead_start, (ZERO_A, ZERO_B, "d"), "the learning rate blamed"),
     (scaling.mixed_ranks, lambda ranks, alphas: {n: alphas["linear1"] / ranks[n] for n in ranks}, "one α for all layers"),
-    (scaling.mixed_ranks, lambda ranks, alphas: {n: next(iter(alphas.values())) / ranks[n] for n in ranks}, "the first α for all layers"),
+    (scaling.mixed_ranks, lambda ranks, alphas: {n: next(iter(alphas.values())) / ranks[n] for n in ranks}, "the first or smallest α for all layers"),
     (scaling.mixed_ranks, lambda ranks, alphas: {n: max(alphas.values()) / ranks[n] for n in ranks}, "the last or largest α for all layers"),
     (scaling.mixed_ranks, lambda ranks, alphas: {n: [*alphas.values()][-1] / ranks[n] for n in ranks}, "the last or largest α for all layers"),
     (scaling.mixed_ranks, lambda ranks, alphas: {n: alphas[n] / ranks["linear1"] for n in ranks}, "one rank for all layers"),
@@ -530,7 +549,7 @@ WRONG_3 = many(
     (mechanics.merge, lambda layer: None, "still parametrized"),
     (mechanics.merge, lambda layer: delattr(layer, "parametrizations"), "no weight is left"),
     (mechanics.compute_once, cached_inside, "the cache ends too soon"),
-    (mechanics.compute_once, lambda layer, batches: [layer(batch) for batch in batches], "the cache ends too soon"),
+    (mechanics.compute_once, lambda layer, batches: [layer(batch) for batch in batches], "no cache"),
     (mechanics.compute_once, half_cached, None),
     (mechanics.compute_once, lambda layer, batches: [batch @ torch.zeros(5, 4) for batch in batches], None),
 )
@@ -538,9 +557,9 @@ WRONG_3 = many(
 # --- notebook 4
 
 
-def compared(equal=torch.equal, wanted=lambda name: True, layers=("linear1", "linear2", "linear3")):
+def compared(equal=torch.equal, wanted=lambda name: True, layers=("linear1", "linear2", "linear3"), all_or_any=all):
     def proof(net, copies):
-        return all(
+        return all_or_any(
             equal(p, copies[name.replace("parametrizations.weight.original", "weight")])
             for name, p in net.named_parameters()
             if "lora_" not in name and wanted(name) and name.split(".")[0] in layers
@@ -626,6 +645,10 @@ WRONG_4 = many(
     (digit_9.unchanged, lambda net, copies: all(torch.equal(c, c) for c in copies.values()), "a proof that cannot fail"),
     (digit_9.unchanged, compared(wanted=lambda name: "bias" not in name), "biases not checked"),
     (digit_9.unchanged, compared(layers=("linear1", "linear2")), "not every layer checked"),
+    (digit_9.unchanged, compared(wanted=lambda name: name == "linear1.bias"), "a return inside the loop"),
+    (digit_9.unchanged, compared(wanted=lambda name: name == "linear3.bias"), "only the last comparison counts"),
+    (digit_9.unchanged, compared(wanted=lambda name: "bias" in name), "weights not checked"),
+    (digit_9.unchanged, compared(all_or_any=any), "one equal taken for all equal"),
     (digit_9.unchanged, compared(torch.allclose), "nearly equal taken for equal"),
     (digit_9.unchanged, compared(lambda a, b: bool((a.double() - b.double()).sum().abs() < 1e-9)), "differences that cancel"),
     (digit_9.unchanged, lambda net, copies: all(torch.equal(net.get_parameter(n) if "bias" in n else net.get_submodule(n[:7]).weight, c)
@@ -687,7 +710,6 @@ RIGHT_5 = many(
     (your_turn.largest_rank, lambda budget: int(budget / 6794), None),
     (your_turn.score, lambda r, d: float(harmonic(r.recall[d], r.recall[[n for n in range(10) if n != d]].mean())), None),
     (your_turn.add_adapters, lambda A1, B1, A2, B2: [torch.cat([A2, A1]), torch.cat([B2, B1], 1)], None),
-    (your_turn.add_adapters, lambda A1, B1, A2, B2: (torch.eye(6), B1 @ A1 + B2 @ A2), None),
     (your_turn.adapter_bytes, lambda rank: sum(p.numel() * p.element_size() for n, p in add_lora(RichBoyNet(), rank=rank)
                                                .named_parameters() if "lora_" in n), None),
 )
@@ -715,6 +737,7 @@ WRONG_5 = many(
     (your_turn.score, lambda r, d: r.recall.mean(), "all ten recalled alike"),
     (your_turn.score, lambda r, d: harmonic(r.recall[d], r.recall.mean()), "the digit counted among the others"),
     (your_turn.score, lambda r, d: harmonic(r.recall[9], others(r, 9)), None),
+    (your_turn.add_adapters, lambda A1, B1, A2, B2: (torch.eye(A1.shape[1]), B1 @ A1 + B2 @ A2), "a larger rank than needed"),
     (your_turn.add_adapters, lambda A1, B1, A2, B2: (A1 + A2, B1 + B2), "A and B added apart"),
     (your_turn.add_adapters, lambda A1, B1, A2, B2: ((A1 + A2) / 2, (B1 + B2) / 2), "A and B averaged apart"),
     (your_turn.add_adapters, lambda A1, B1, A2, B2: (torch.cat([A1, A2]), torch.cat([B2, B1], 1)), "stacked in two orders"),

@@ -60,16 +60,34 @@ def unchanged(proof):
         )
     if verdict(lambda net: [p.add_(1) for p in net.parameters()]):
         raise Wrong("a proof that cannot fail", "Every parameter had been changed, and you still say that nothing moved.")
-    if verdict(lambda net: net.linear2.bias.add_(1)):
-        raise Wrong("biases not checked", "A bias had moved, and the proof did not see it. (Or does a `return` in the loop end it too early?)")
-    for name in ("linear1", "linear2", "linear3"):
-        if verdict(lambda net, name=name: original(net.get_submodule(name)).add_(1)):
-            raise Wrong("not every layer checked", f"The weight of {name} had moved. Is there a `return` inside the loop?")
+    moves = {}
+    for layer in ("linear1", "linear2", "linear3"):
+        moves[f"{layer}.weight"] = lambda net, layer=layer: original(net.get_submodule(layer)).add_(1)
+        moves[f"{layer}.bias"] = lambda net, layer=layer: net.get_submodule(layer).bias.add_(1)
+    _judge_seen([name for name, move in moves.items() if not verdict(move)], list(moves))
     if verdict(lambda net: original(net.linear2)[0, 0].mul_(1 + 1e-6)):
         raise Wrong("nearly equal taken for equal", "One weight had moved by a millionth. `allclose` forgives that; a proof to the bit does not.")
     if verdict(lambda net: original(net.linear3).copy_(original(net.linear3).flip(0))):
         raise Wrong("differences that cancel", "Compare the numbers, not their sum.")
     return "It sees a moved bias, a moved layer and a single moved bit, and is not fooled by A and B."
+
+
+def _judge_seen(seen: list[str], everything: list[str]) -> None:
+    """Says what is wrong with a proof that notices only `seen`, of all parameters, when one at a time has moved."""
+    if seen == everything:
+        return
+    unseen = [name for name in everything if name not in seen]
+    if not seen:
+        raise Wrong("one equal taken for all equal", "One parameter at a time had moved, and the proof saw none: `any` is content with one that is equal.")
+    if len(seen) == 1 and seen[0].startswith("linear1"):  # the bias, where the loop goes through the network instead of the copies
+        raise Wrong("a return inside the loop", "Only the first parameter is compared: `return` ends the function at once. Answer after the last comparison.")
+    if len(seen) == 1 and seen[0].startswith("linear3"):
+        raise Wrong("only the last comparison counts", "Each turn of the loop overwrites what the one before had found: keep them all, or stop at the first False.")
+    if all(name.endswith("bias") for name in unseen):
+        raise Wrong("biases not checked", f"{unseen[0]} had moved, and the proof did not see it.")
+    if all(name.endswith("weight") for name in unseen) and len(unseen) == len(everything) / 2:
+        raise Wrong("weights not checked", "Every bias is compared and no weight. Their names changed when LoRA was added: are they looked up at all?")
+    raise Wrong("not every layer checked", f"{unseen[0]} had moved, and the proof did not see it.")
 
 
 @exercise(
@@ -272,16 +290,16 @@ def quiz() -> Quiz:
             "the precision of 9",
             {
                 "the recall of 9": "It only asks what happened to the nines, and is perfect when everything is called 9.",
-                "the precision of 9": "Of all that is called 9, how much is one.",
                 "the loss of the fine-tuning": "It saw nothing but nines, so calling all of them 9 is all it asks.",
+                "the precision of 9": "Of all that is called 9, how much is one.",
             },
         ),
         Question(
-            "The training images were all nines. Why did the fours suffer, and hardly the zeros?",
+            "The training images were all nines. Why did the fours suffer, and hardly the sixes?",
             "What raises the logit of 9 is found in fours too",
             {
-                "The fours were trained on too": "Only nines were.",
                 "What raises the logit of 9 is found in fours too": "So they lost most of their lead over it, and nothing in the training asked to keep it.",
+                "The fours were trained on too": "Only nines were.",
                 "There are more fours": "There are as many of each digit in the sample.",
             },
         ),
@@ -298,8 +316,8 @@ def quiz() -> Quiz:
             "What does LoRA as a parametrization save here?",
             "gradients and Adam's memory of the base, and storage for each task",
             {
-                "parameters in the network": "The network grew by 6,794.",
                 "gradients and Adam's memory of the base, and storage for each task": "That is what it saves.",
+                "parameters in the network": "The network grew by 6,794.",
                 "computing time in every step": "A parametrization builds the whole W + ΔW at each step; only the factorised form is quick.",
             },
         ),

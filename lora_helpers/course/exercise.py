@@ -7,6 +7,7 @@ answer looks like, and returns a sentence when the answer is right. `@exercise` 
 import ast
 import inspect
 import textwrap
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
@@ -189,6 +190,8 @@ def compare(given, truth, misconceptions: dict[str, tuple[object, str]], otherwi
         raise Wrong(None, f"The right numbers, but in the shape {tuple(numbers(given).shape)}; asked is {_shape(truth)}.")
     if len(wanted) == 1 and len(flat) > 1 and same(flat.sum(), wanted[0]):
         raise Wrong(None, "Right in its parts: add them up, for one number is asked for.")
+    if len(wanted) == 1 and isinstance(given, tuple) and all(isinstance(part, int) for part in given) and all(part < 1000 for part in given[1:]):
+        raise Wrong("a comma within a number", f"In Python a comma makes two numbers, here {given}: write 6794 or 6_794 for 6,794.")
     raise Wrong(None, f"{otherwise} Yours gave {_short(given)}.")
 
 
@@ -234,6 +237,7 @@ def _shape(value) -> str:
     return f"the shape {shape}" if shape else "one number, without brackets"
 
 
+_MODULES = ("math", "np", "numpy", "copy", "F", "torch", "nn", "parametrize")
 # What a learner should look at, by a piece of what Python or PyTorch says.
 _LOOK = {
     "Boolean value of Tensor": "`not`, `and` and `or` want a single True or False; for each entry of a tensor use `~`, `&` and `|`.",
@@ -254,7 +258,7 @@ _LOOK = {
 
 def _advice(error: Exception) -> str:
     if isinstance(error, NameError):
-        return "A name must be spelled as in the line `def …`, or belong to something that a cell above made."
+        return _about_name(error)
     if isinstance(error, KeyError) and "exists" not in str(error):
         return "That key is not in the dictionary: print its keys."
     if isinstance(error, AttributeError) and "method'" not in str(error):
@@ -262,6 +266,16 @@ def _advice(error: Exception) -> str:
     if isinstance(error, TypeError) and not _where(error):  # it never came into the function
         return "The check calls your function with all its arguments: leave the line `def …` as it was."
     return next((words for piece, words in _LOOK.items() if piece in str(error)), "Run it by hand on a small example.")
+
+
+def _about_name(error: NameError) -> str:
+    if error.name in _MODULES:
+        return f"`{error.name}` must be imported first, in a cell above."
+    code = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    if "self" in code.co_varnames[: code.co_argcount]:
+        return f"Does it belong to the object? Then it is `self.{error.name}`."
+    return ("A name must be spelled as in the line `def …`, or belong to something that a cell above made. "
+            "(What a `for` within brackets makes exists only within them.)")  # fmt: skip
 
 
 def _plain(value):

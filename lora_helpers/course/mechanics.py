@@ -36,7 +36,7 @@ def _adapted_layer(rank: int = 3, alpha: float = 7) -> tuple[nn.Linear, torch.Te
 )
 def forward(function):
     """The forward of the LoRA parametrization."""
-    _, weight, adapter = _adapted_layer()
+    _, weight, adapter = _adapted_layer(rank=2)
     product, alpha, rank = (adapter.lora_B @ adapter.lora_A).detach(), adapter.alpha, adapter.rank
     stored = weight.clone()
     try:
@@ -44,9 +44,9 @@ def forward(function):
     except LearnerError as error:
         if "shapes cannot be multiplied" in str(error.error):
             raise Wrong("A and B swapped", "A is r × in, B is out × r: only one order gives the weight's shape, out × in.") from None
-        if "must match the size" in str(error.error) and "(3) must match the size of tensor b (5)" in str(error.error):
+        if "must match the size" in str(error.error) and "(2) must match the size of tensor b (5)" in str(error.error):
             raise Wrong("entry by entry", "`*` multiplies two tensors entry by entry; the matrix product is `@`.") from None
-        if "must match the size" in str(error.error):
+        if "(5) must match the size of tensor b (4)" in str(error.error) or "(4) must match the size of tensor b (5)" in str(error.error):
             raise Wrong("transposed", "The update has the shape in × out; a weight is (out_features, in_features).") from None
         raise
     if not torch.equal(stored, weight):
@@ -60,12 +60,12 @@ def forward(function):
             "α·r for α/r": (weight + alpha * rank * product, "α is *shared out* over the r directions: divide."),
             "r/α for α/r": (weight + rank / alpha * product, "The fraction is upside down."),
             "α for α/r": (weight + alpha * product, "The scale is α instead of α/r: a real library shipped this."),
-            "α//r for α/r": (weight + alpha // rank * product, "`//` throws the fraction away: 7 // 3 is 2. Divide with `/`."),
+            "α//r for α/r": (weight + alpha // rank * product, "`//` throws the fraction away: 7 // 2 is 3. Divide with `/`."),
             "BA alone": (product, "That is BA, without the scale, and without the weight that it is added to."),
             "no update": (weight, "Nothing was added, though the switch is on. Is the condition the wrong way round?"),
             "subtracted": (weight - (alpha / rank) * product, "The update is added, not taken away."),
         },
-        "With α = 7 and r = 3, W + (7/3)·BA is expected.",
+        "With α = 7 and r = 2, W + (7/2)·BA is expected.",
     )
     adapter.enabled = False
     off = run(function, adapter, stored)
@@ -195,7 +195,7 @@ def order(steps):
                     loss.backward()
                 optimizer.step()
     if not parametrize.is_parametrized(layer) or steps.index("train") < steps.index("add LoRA"):
-        raise Wrong("LoRA added after training", "Run in your order, the training moved the base itself: LoRA was not there yet.")
+        raise Wrong("LoRA added after training", "Run in your order, A and B were not there yet when `train` came: only the base could have learned.")
     parts = layer.parametrizations.weight
     if not torch.equal(parts.original, weight):
         raise Wrong("base not frozen", "Run in your order, the base weight moved: it was frozen too late.")
@@ -252,7 +252,8 @@ def merge(function):
                     weight,
                     "The base weight came back: `leave_parametrized=False` throws the adapter away."
                     if enabled else
-                    "The layer came with LoRA switched off, and off, the computed weight *is* the base. Switch it on before you merge.",
+                    "The layer came with LoRA switched off, and off, the computed weight *is* the base. Switch it on before you merge: the "
+                    "switch is `layer.parametrizations.weight[0].enabled`.",
                 ),
                 "the update alone": (scale * product, "That is ΔW; the merged weight is W + ΔW."),
                 "α·r for α/r": (weight + adapter.alpha * adapter.rank * product, "α is *shared out* over the r directions."),
@@ -290,15 +291,19 @@ def compute_once(function):
     if not isinstance(given, (list, tuple, torch.Tensor)):
         raise Uncheckable(f"{asked}; this is {kind_of(given)}. Square brackets make a list.")
     if len(given) != len(batches):
-        raise Uncheckable(f"{asked}; yours has {len(given)}. (A `return` inside a loop ends it.)")
+        more = " (A `return` inside a loop ends it.)" if len(given) < len(batches) else " (`+=` with a tensor adds its rows one by one; `append` adds it whole.)"
+        raise Uncheckable(f"{asked}; yours has {len(given)}.{more}")
     for output, truth in zip(given, expected):
         if not torch.allclose(need_tensor(output, "Each output").detach(), truth, atol=1e-5):
             raise Wrong(None, "An output differs from `layer(batch)`: is the bias in it?")
+    names = getattr(getattr(function, "__code__", None), "co_names", ("cached",))
+    if len(calls) == len(batches) and "cached" not in names:
+        raise Wrong("no cache", "The outputs are right, but the weight was computed for each batch: `parametrize.cached()` is not in your function.")
     if len(calls) == len(batches):
         raise Wrong(
             "the cache ends too soon",
-            f"The weight was computed {len(calls)} times for {len(batches)} batches. Is there a `with parametrize.cached():`, and does it "
-            "stand *around* the loop? Inside, it is dropped after each batch: PEFT had to move such lines, for memory.",
+            f"The weight was computed {len(calls)} times for {len(batches)} batches. Does the `with parametrize.cached():` "
+            "stand *around* the loop, brackets and all? Inside, it is dropped after each batch: PEFT had to move such lines, for memory.",
         )
     if len(calls) > 1:
         raise Wrong(None, f"The weight was computed {len(calls)} times; once is enough.")
@@ -312,18 +317,18 @@ def quiz() -> Quiz:
             "After registering LoRA on a layer, layer.weight is…",
             "computed anew at each access",
             {
-                "a stored parameter": "The stored one has moved to layer.parametrizations.weight.original.",
                 "computed anew at each access": "From original, A and B; unless you are inside cached().",
+                "a stored parameter": "The stored one has moved to layer.parametrizations.weight.original.",
                 "gone": "It is still there, but computed.",
             },
         ),
         Question(
-            "The optimiser was made before add_lora. What happens in training?",
+            "The base is frozen, and the optimiser was made before add_lora. What happens in training?",
             "Nothing is learned, and nothing raises",
             {
                 "PyTorch raises an error": "It does not, which is what makes this bug expensive.",
-                "Nothing is learned, and nothing raises": "It holds the old parameters, which are frozen; it has never heard of A and B.",
                 "It works as usual": "It keeps the parameter objects that it was given.",
+                "Nothing is learned, and nothing raises": "It holds the old parameters, which are frozen; it has never heard of A and B.",
             },
         ),
         Question(

@@ -64,9 +64,22 @@ def all_but(mask):
     """Which images stay when one digit is left out?"""
     for values, digit in (((9, 1, 9, 4, 0), 9), ((4, 4, 2, 9, 7, 2), 4)):
         labels = torch.tensor(values)
-        given = call(mask, labels.clone(), digit)
+        try:
+            given = call(mask, labels.clone(), digit)
+        except LearnerError as error:
+            if isinstance(error.error, IndexError):
+                raise Uncheckable("Return the mask alone: the images are taken by it afterwards, not in your function.") from None
+            raise
+        if isinstance(given, bool):
+            raise Wrong(
+                "one answer for all", f"That is a single {given}. One True or False for each label is asked for: compare the whole tensor, with a number."
+            )
+        if isinstance(given, tuple) and len(given) == 1 and isinstance(given[0], torch.Tensor):
+            given = given[0]  # torch.where gives the places so, and images[...] takes them so
         numbers(given)  # says in words what holds no numbers
         chosen = torch.as_tensor(given)
+        if chosen.ndim == 2 and chosen.shape[1] == 1:
+            raise Wrong("places in a column", "Those are places, but each in brackets of its own, so `images[...]` would keep them. The mask itself will do.")
         if chosen.dtype == torch.bool and chosen.shape != labels.shape:
             raise Wrong(None, f"The mask needs one True or False for each of the {len(labels)} labels; yours has {chosen.numel()}.")
         if chosen.dtype == torch.int64 and torch.equal(chosen, labels[labels != digit]):
@@ -153,8 +166,10 @@ def keep_copies(keep):
     missing = [name for name in before if name not in kept]
     if missing and all(name.endswith("bias") for name in missing):
         raise Wrong("biases left out", f"{missing[0]} is not in it. A bias is trained too, and a proof that skips it proves less.")
+    if missing and missing == list(before)[1:]:
+        raise Wrong("a return inside the loop", "Only the first parameter is in it: `return` ends the function at once. Collect, then return.")
     if missing:
-        raise Wrong(None, f"{', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} not in it; use the names of `named_parameters()`.")
+        raise Wrong(None, f"{', '.join(missing[:3])}{', …' * (len(missing) > 3)} {'is' if len(missing) == 1 else 'are'} not in it; use the names of `named_parameters()`.")
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(1)  # as an optimiser would: in place
@@ -199,6 +214,12 @@ def accuracy(measure):
     try:
         given = call(measure, net, Mnist(*parts, "sample"))
     except LearnerError as error:
+        picks = {"argmax", "max", "topk", "argsort", "sort"} & set(getattr(getattr(measure, "__code__", None), "co_names", ("max",)))
+        if "must match the size" in str(error.error) and "(10)" in str(error.error) and not picks:
+            raise Wrong(
+                "all ten logits compared",
+                "The ten logits of each image are compared with its label. Its answer is the *place* of the largest of them: which function gives it?",
+            ) from None
         if "must match the size" in str(error.error) and "(10)" in str(error.error):
             raise Wrong(
                 "the best of the images, not of the logits",
@@ -239,8 +260,8 @@ def quiz() -> Quiz:
             "What is the shape of the weight of nn.Linear(784, 1000)?",
             "(1000, 784)",
             {
-                "(784, 1000)": "That is the order in which you name the sides; the weight stores one row for each output.",
                 "(1000, 784)": "One row for each output, one column for each input.",
+                "(784, 1000)": "That is the order in which you name the sides; the weight stores one row for each output.",
                 "(1000, 785)": "The bias is a tensor of its own.",
             },
         ),
@@ -258,16 +279,16 @@ def quiz() -> Quiz:
             "the wrong answers of the digit 9",
             {
                 "accuracy": "It is right on one image in ten.",
-                "the wrong answers of the digit 9": "None is wrong, so this figure alone proves nothing. Look at the other nine as well.",
                 "the wrong answers of the digit 4": "All of them are wrong.",
+                "the wrong answers of the digit 9": "None is wrong, so this figure alone proves nothing. Look at the other nine as well.",
             },
         ),
         Question(
             "Why does copies = dict(net.named_parameters()) prove nothing later?",
             "It holds the same tensors, which change with the network",
             {
-                "It lacks the biases": "They are in it, under their own names.",
                 "It holds the same tensors, which change with the network": "Names for the same memory. detach().clone() makes memory of its own.",
+                "It lacks the biases": "They are in it, under their own names.",
                 "It holds random numbers": "It holds the parameters themselves.",
             },
         ),

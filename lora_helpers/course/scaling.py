@@ -105,6 +105,8 @@ def update(delta):
 def _judge_update(given, product: torch.Tensor, alpha: float, rank: int) -> str:
     if tuple(need_tensor(given, "ΔW").shape) == tuple(product.T.shape) != tuple(product.shape):
         raise Wrong("transposed", "A weight is (out_features, in_features); yours is the other way round.")
+    if not given.ndim:
+        raise Wrong("one number for a matrix", "That is a single number, such as a norm. ΔW itself is asked for, a matrix of the weight's shape.")
     if given.shape != product.shape:
         raise Wrong(
             "made from other tensors", f"From the A and B given here ΔW is {tuple(product.shape)}; yours is {tuple(given.shape)}. "
@@ -210,9 +212,9 @@ def mixed_ranks(scales):
         {
             "one α for all layers": ([8 / r for r in ranks.values()], "Your α is that of linear1 everywhere."),
             "the last or largest α for all layers": ([12 / r for r in ranks.values()], "You divide 12 by each rank, but each layer has its own α."),
-            "the first α for all layers": (
+            "the first or smallest α for all layers": (
                 [5 / r for r in ranks.values()],
-                "You take the first α that comes, so the result depends on the order of the keys: a real library had this bug.",
+                "You use one α for all, the first or the smallest, whatever the layer; a real library took the first that came.",
             ),
             "one rank for all layers": ([alphas[layer] / 4 for layer in ranks], "Your r is that of linear1 everywhere."),
             "matched by place, not by name": (
@@ -235,16 +237,16 @@ def quiz() -> Quiz:
             "rows of A and columns of B",
             {
                 "columns of A and rows of B": "Those are the sides of the layer: in_features and out_features.",
-                "rows of A and columns of B": "The inner side, at which the two meet in BA.",
                 "layers with an adapter": "Each adapted layer has its own A and B.",
+                "rows of A and columns of B": "The inner side, at which the two meet in BA.",
             },
         ),
         Question(
             "What does LoRA do to the weight W?",
             "W stays whole; an update of low rank is added",
             {
-                "It splits W into two thin matrices": "W may have full rank, and it keeps it: only the *update* is thin.",
                 "W stays whole; an update of low rank is added": "W + (α/r)·BA.",
+                "It splits W into two thin matrices": "W may have full rank, and it keeps it: only the *update* is thin.",
                 "It removes the small entries of W": "That is pruning, another idea.",
             },
         ),

@@ -22,14 +22,14 @@ def fair_score(result: Evaluation, digit: int) -> float:
 
 @exercise(
     hints=(
-        "At rank 1 the three adapters hold 6,794 numbers; at rank 2, twice as many.",
+        "At rank 1 the three adapters together hold 6,794 numbers (write 6_794 in Python); at rank 2, twice as many.",
         "Whole division, `//`, leaves no part of a rank over.",
     ),
     solution="""
         def largest_rank(budget):
             return budget // 6_794
     """,
-    reason="Each rank costs 6,794 numbers on the three layers, so the budget holds as many ranks as fit whole.",
+    reason="Each rank costs 6,794 numbers on the three layers together, so the budget holds as many ranks as fit whole.",
 )
 def largest_rank(rank_for):
     """The largest rank on all three layers that a budget of trained parameters allows."""
@@ -39,7 +39,7 @@ def largest_rank(rank_for):
             call(rank_for, budget),
             ranks,
             {
-                "over the budget": (ranks + 1, f"With {budget:,} numbers, that rank costs {(ranks + 1) * PARAMETERS_PER_RANK:,}: round down."),
+                "over the budget": (ranks + 1, f"With {budget:,} numbers, that rank costs {(ranks + 1) * PARAMETERS_PER_RANK:,}: round down{'' if ranks else ', to 0'}."),
                 "not a whole rank": (budget / PARAMETERS_PER_RANK, "A rank is a whole number."),
                 "the base counted": ((budget - 2_807_010) // PARAMETERS_PER_RANK, "The base is frozen; the budget is for A and B."),
                 "only one layer counted": (budget // 1_784, "That is what linear1 alone would allow; three layers are adapted."),
@@ -126,7 +126,7 @@ def score(measure):
 )
 def add_adapters(combine):
     """One A and one B whose product is the sum of two adapters' products."""
-    A1, A2, B1, B2 = torch.randn(3, 6), torch.randn(3, 6), torch.randn(5, 3), torch.randn(5, 3)
+    A1, A2, B1, B2 = torch.randn(3, 9), torch.randn(3, 9), torch.randn(8, 3), torch.randn(8, 3)
     wanted = B1 @ A1 + B2 @ A2
     try:
         given = call(combine, A1.clone(), B1.clone(), A2.clone(), B2.clone())
@@ -141,7 +141,7 @@ def add_adapters(combine):
     A, B = (need_tensor(part, name) for part, name in zip(given, "AB"))
     if A.ndim != 2 or B.ndim != 2:
         raise Uncheckable("A and B should be matrices; `torch.cat` joins two of them, `torch.stack` makes a third dimension.")
-    if A.shape == (3, 12) or B.shape == (10, 3):
+    if A.shape == (3, 18) or B.shape == (16, 3):
         raise Wrong("stacked along the wrong side", "The rank is A's rows and B's columns: stack along those.")
     if B.shape[1] != A.shape[0]:
         swapped = A.shape[1] == B.shape[0]
@@ -165,6 +165,8 @@ def add_adapters(combine):
         },
         "B @ A should be B₁A₁ + B₂A₂.",
     )  # fmt: skip
+    if len(A) > 6:
+        raise Wrong("a larger rank than needed", f"The product is right, but A has {len(A)} rows: that is a rank of {len(A)}, where 3 + 3 are enough.")
     return "Two adapters of rank 3 need rank 6: that is the price of an exact sum."
 
 
@@ -219,9 +221,9 @@ def quiz() -> Quiz:
             "Which best undoes forgetting at its root?",
             "a share of the other digits among the training images",
             {
+                "a share of the other digits among the training images": "Then answering the taught digit too readily is punished.",
                 "a larger α": "It makes the update larger, and the forgetting with it.",
                 "more batches of the same digit": "They push further the same way.",
-                "a share of the other digits among the training images": "Then answering the taught digit too readily is punished.",
             },
         ),
         Question(
@@ -229,16 +231,16 @@ def quiz() -> Quiz:
             "one base and ten adapters",
             {
                 "ten networks": "That is full fine-tuning.",
-                "one base and ten adapters": "And each adapter is small.",
                 "ten adapters": "An adapter is an update *to* something: without the base it says nothing.",
+                "one base and ten adapters": "And each adapter is small.",
             },
         ),
         Question(
             "You merged an adapter and now subtract it again. Are the base's bits back?",
             "Not surely: adding and subtracting rounds",
             {
-                "Yes, always": "In float32 a few of the weights differ by rounding.",
                 "Not surely: adding and subtracting rounds": "Keep the base, or switch instead of merging.",
+                "Yes, always": "In float32 a few of the weights differ by rounding.",
             },
         ),
     ))  # fmt: skip
