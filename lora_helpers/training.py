@@ -298,7 +298,9 @@ def _batches(size: int, batch_size: int, seed: int | None):
 
 
 def _fingerprint(dataset: TensorDataset, epochs: int, seed: int) -> str:
-    recipe = f"RichBoyNet Adam 0.001 10 {epochs} {seed} torch {torch.__version__} lora_helpers {__version__}"
+    # The number of threads decides in which order sums are made, and so how they are rounded.
+    machine = f"torch {torch.__version__} threads {torch.get_num_threads()} lora_helpers {__version__}"
+    recipe = f"RichBoyNet Adam 0.001 10 {epochs} {seed} {machine}"
     digest = hashlib.blake2b(recipe.encode(), digest_size=8)
     for tensor in as_tensors(dataset):
         digest.update(tensor.contiguous().numpy())

@@ -916,3 +916,11 @@ def test_large_type_and_back(capsys):
     assert picture.png() == usual and sizes == [text.get_fontsize() for text in picture.findobj(Text)]
     with pytest.raises(TypeError, match="True or False"):
         projector_mode("on")
+
+
+@pytest.mark.parametrize("wrong", [{"digit": "5"}, {"budget": (30, 0)}, {"share": 50}, {"share": -0.1}, {"share": 1.0}, {"batches": 0}])
+def test_the_settings_of_the_project_are_checked(wrong):
+    good = {"digit": 5, "budget": 30_000, "batches": 100, "share": 0.0}
+    your_turn.check_settings(**good)
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*must be"):
+        your_turn.check_settings(**good | wrong)

@@ -2,11 +2,20 @@
 
 import torch
 
+from lora_helpers.checks import check_whole
 from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor, numbers, same
 from lora_helpers.course.quiz import Question, Quiz
+from lora_helpers.finetuning import Settings
 from lora_helpers.training import Evaluation
 
 PARAMETERS_PER_RANK = 6_794  # of A and B on the three layers of RichBoyNet
+
+
+def check_settings(digit: int, budget: int, batches: int, share: float) -> None:
+    """Raises ValueError, saying what is allowed, where a setting of the project is out of range; rank, α and layers `add_lora` checks."""
+    Settings(digit=digit, batches=batches, share=share)
+    check_whole("batches", batches)
+    check_whole("budget", budget)
 
 
 def fair_score(result: Evaluation, digit: int) -> float:
