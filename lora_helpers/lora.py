@@ -414,6 +414,8 @@ def _choose_layers(net: nn.Module, layers: Iterable[str] | None) -> dict[str, nn
     names = list(names)
     if not names:
         raise ValueError(f"No layer to adapt; {there}")
+    if len(set(map(str, names))) < len(names):
+        raise ValueError(f"layers is {names!r}, which names a layer twice; name each once.")
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"layers holds {name!r}, which is no name; {there}")

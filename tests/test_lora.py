@@ -244,6 +244,7 @@ def test_bad_alpha(net, alpha):
         ([["linear1"]], TypeError, r"layers holds \['linear1'\], which is no name"),
         (["linear2", 1], TypeError, "layers holds 1, which is no name"),
         ([], ValueError, "No layer"),
+        (["linear1", "linear1"], ValueError, "names a layer twice"),
     ],
 )
 def test_bad_layers(net, layers, error, word):

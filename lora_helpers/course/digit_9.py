@@ -314,9 +314,9 @@ def quiz() -> Quiz:
         ),
         Question(
             "What does LoRA as a parametrization save here?",
-            "gradients and Adam's memory of the base, and storage for each task",
+            "Adam's memory and stored gradients of the base, and storage for each task",
             {
-                "gradients and Adam's memory of the base, and storage for each task": "That is what it saves.",
+                "Adam's memory and stored gradients of the base, and storage for each task": "That is what it saves.",
                 "parameters in the network": "The network grew by 6,794.",
                 "computing time in every step": "A parametrization builds the whole W + ΔW at each step; only the factorised form is quick.",
             },
