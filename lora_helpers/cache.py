@@ -5,6 +5,7 @@ Whatever is read there is checked; whatever cannot be read or written is made an
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import tempfile
@@ -13,8 +14,7 @@ from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 _UNFINISHED = "lora-unfinished-"
 _BASE, _RAW = f"base-*-{'[0-9a-f]' * 16}", "mnist/MNIST/raw"
@@ -51,10 +51,11 @@ def clear_cache() -> None:
             pass  # it is not there, or holds other files
 
 
-def load_tensors(name: str) -> dict[str, torch.Tensor] | None:
+def load_tensors(name: str, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     """The tensors saved under `name`, or None where there are none.
 
-    A file whose content is not what was saved is set aside. Nothing is unpickled.
+    A file is set aside where it cannot be read, its content is not what was saved, or its tensors have not the keys, shapes
+    and dtypes of `like`, or values that are not finite. Nothing is unpickled.
     """
     path = cache_folder() / f"{name}.safetensors"
     if not os.path.lexists(path):
@@ -62,16 +63,39 @@ def load_tensors(name: str) -> dict[str, torch.Tensor] | None:
     try:
         if not path.is_file():
             raise ValueError("it is no file")  # opening a named pipe would wait for ever
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            if (file.metadata() or {}).get("digest") != _digest(name, tensors):
-                raise ValueError("its content is not what was saved")
-            return tensors
+        tensors, metadata = parse_safetensors(path.read_bytes())
+        if metadata.get("digest") != _digest(name, tensors):
+            raise ValueError("its content is not what was saved")
+        if _outline(tensors) != _outline(like):
+            raise ValueError("its tensors are those of another network")
+        if not all_finite(tensors):
+            raise ValueError("it holds values that are NaN or infinite")
+        return tensors
     except FileNotFoundError:  # deleted in this moment
         return None
     except Exception as error:  # safetensors raises its own types as well as OSError
         set_aside(path, error)
         return None
+
+
+def parse_safetensors(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, given its bytes.
+
+    Not `safe_open` or `load_file`: they map the file into memory, and where another program shortens a mapped file, the
+    system kills the kernel. They also call a file missing that may not be read.
+
+    Raises:
+        SafetensorError, ValueError: `content` is no safetensors file.
+    """
+    tensors = load(content)  # checks the header, which is read again here since `load` keeps the metadata to itself
+    length = int.from_bytes(content[:8], "little")
+    in_order = dict(sorted(tensors.items()))  # `load` gives them in an order that changes from run to run
+    return in_order, json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+
+
+def all_finite(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether no value is NaN or infinite."""
+    return all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def save_tensors(name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -107,6 +131,10 @@ def _keep(target: Path, write) -> None:
             path.replace(target)
     except Exception as error:  # a full disk reaches us as safetensors' own error
         warnings.warn(f"Not cached: {target} ({error}). The next notebook will make it again.", stacklevel=4)
+
+
+def _outline(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    return {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
 
 
 def _digest(name: str, tensors: dict[str, torch.Tensor]) -> str:

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from lora_helpers import __version__
-from lora_helpers.cache import load_tensors, save_tensors
+from lora_helpers.cache import all_finite, load_tensors, save_tensors
 from lora_helpers.checks import LARGEST_SEED, check_network, check_positive, check_whole
 from lora_helpers.data import Mnist, as_tensors, check_mnist
 from lora_helpers.factorisation import factorised, side_by_side, with_first_products
@@ -181,24 +181,40 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
 
     The recipe: Adam, learning rate 0.001, batches of 10, `mnist.pretraining_epochs` passes.
     The cache is keyed by recipe, data, seed, and the versions of PyTorch and of this package.
-    PyTorch's global random stream is left as it was.
+    It is float32, whatever PyTorch's default dtype or that of the images. PyTorch's global random stream is left as it was.
 
     Raises:
-        TypeError: `mnist` is no `Mnist`. ValueError: `seed` is no whole number of at least 0.
+        TypeError: `mnist` is no `Mnist`, or its training part no `TensorDataset` of images and labels.
+        ValueError: `seed` is no whole number of at least 0, or the training part is empty or holds what is no digit.
     """
     check_mnist(mnist)
     check_whole("seed", seed, 0, LARGEST_SEED)
-    name = f"base-{mnist.source}-{_fingerprint(mnist.train, mnist.pretraining_epochs, seed)}"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = RichBoyNet()
-    state = load_tensors(name)
-    if state is None:
-        train(net, mnist.train, epochs=mnist.pretraining_epochs, seed=seed, progress=progress)
+    images, labels = as_tensors(mnist.train)
+    # The key is made from what is trained on: images of another dtype, or with gradients, have no bytes that could be read.
+    dataset = TensorDataset(images.detach().to("cpu", torch.float32), labels.cpu())
+    name = f"base-{mnist.source}-{_fingerprint(dataset, mnist.pretraining_epochs, seed)}"
+    with _float32_by_default():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = RichBoyNet()
+        state = load_tensors(name, like=net.state_dict())
+        if state is not None:
+            net.load_state_dict(state)
+            return net
+        train(net, dataset, epochs=mnist.pretraining_epochs, seed=seed, progress=progress)
+    if all_finite(net.state_dict()):  # else `train` has warned that it diverged
         save_tensors(name, net.state_dict())
-    else:
-        net.load_state_dict(state)
     return net
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _checked(dataset: TensorDataset, lr: float, seed: int | None, **counts: int) -> tuple[torch.Tensor, torch.Tensor]:

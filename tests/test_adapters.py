@@ -29,6 +29,7 @@ from lora_helpers import (
     set_lora_enabled,
     use_adapter,
 )
+from lora_helpers import adapters as adapter_files
 from lora_helpers.adapters import CONFIG, TENSORS
 
 IMAGES = torch.randn(5, 784, generator=torch.Generator().manual_seed(0))
@@ -167,6 +168,38 @@ def test_peft_opens_ours_and_we_open_pefts(base, tmp_path, rank, alpha, layers, 
     assert torch.allclose(load_adapter(copy.deepcopy(base), tmp_path / "theirs")(IMAGES), theirs(IMAGES), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("excluded", [["linear2"], r".*2"])
+def test_layers_that_peft_left_out_are_left_out(base, tmp_path, excluded):
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules="all-linear", exclude_modules=excluded))
+    theirs.save_pretrained(tmp_path)
+    assert "linear2" in json.loads((tmp_path / CONFIG).read_text())["target_modules"], "so PEFT writes it"
+    assert list(lora_layers(load_adapter(base, tmp_path))) == ["linear1", "linear3"]
+
+
+class Nested(nn.Module):
+    """Names that end alike: `a`, `x.a`, `y.x.a`; and a `y.a` that is no linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(3, 3)
+        self.x = nn.ModuleDict({"a": nn.Linear(3, 3)})
+        self.y = nn.ModuleDict({"a": nn.ReLU(), "x": nn.ModuleDict({"a": nn.Linear(3, 3)})})
+
+    def forward(self, x):
+        return self.y.x.a(self.x.a(self.y.a(self.a(x))))
+
+
+@pytest.mark.parametrize("layers", [["a"], ["x.a"], ["a", "y.x.a"], ["a", "x.a", "y.x.a"], ["y.x.a"]])
+@pytest.mark.filterwarnings("error")
+def test_names_that_end_alike_are_told_apart_here_and_by_peft(tmp_path, layers):
+    net = stir(add_lora(Nested(), layers=layers))
+    folder, x = save_adapter(net, tmp_path), torch.ones(2, 3)
+    loaded = load_adapter(Nested(), folder)
+    assert list(lora_layers(loaded)) == layers and torch.equal(loaded(x), net(x))
+    assert torch.allclose(peft.PeftModel.from_pretrained(Nested(), folder)(x), net(x), rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_keeps_its_bits(base, tmp_path):
     base = base.to(torch.bfloat16)
     fresh = copy.deepcopy(base)
@@ -222,7 +255,11 @@ MISFITS = {
     "a layer more than the pattern": (lambda f: edit_config(f, target_modules="linear[12]"), "file also has: 'linear3'"),
     "a name without a layer": (lambda f: edit_config(f, target_modules=["linear1", "linear2", "linear3", "linear9"]), "nothing for: 'linear9'"),
     "a start of another kind": (lambda f: edit_config(f, init_lora_weights=["x"]), r"init_lora_weights is \['x'\]; supported are"),
-    "another rank": (lambda f: edit_config(f, r=3), r"linear1: the file has A \(2, 784\)"),
+    "a layer more than may be": (lambda f: edit_config(f, exclude_modules=["linear2"]), r"exclude_modules is \['linear2'\], but the file has: 'linear2'"),
+    "a layer more than may be, by pattern": (lambda f: edit_config(f, exclude_modules="linear[3-9]"), "but the file has: 'linear3'"),
+    "another rank": (lambda f: (edit_config(f, r=3), edit_tensors(f)), r"linear1: the file has A \(2, 784\)"),
+    "the alpha of another": (lambda f: edit_config(f, lora_alpha=16), "not of one adapter.*Save the adapter again"),
+    "rsLoRA in one file": (lambda f: edit_config(f, use_rslora=True), "not of one adapter.*Save the adapter again"),
     "no alpha": (lambda f: edit_config(f, lora_alpha=None), "lora_alpha is None"),
     "alpha infinite": (lambda f: edit_config(f, lora_alpha=float("inf")), "lora_alpha is inf"),
     "rsLoRA maybe": (lambda f: edit_config(f, use_rslora="maybe"), "use_rslora is 'maybe'"),
@@ -294,12 +331,74 @@ def test_a_failed_save_leaves_the_old_files(base, saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=f"^The adapter cannot be saved in {saved}: No space left on device. Make room there, or give a folder"):
         save_adapter(add_lora(base, rank=3), saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("foreign", [CONFIG, TENSORS])
+def test_a_save_that_may_not_replace_one_of_the_files_leaves_both(base, saved, monkeypatch, foreign):
+    before, real = {p.name: p.read_bytes() for p in saved.iterdir()}, Path.replace
+
+    def sticky(self, target):  # a folder in which each may move only files of their own
+        if saved / foreign in (self, target):
+            raise PermissionError(1, "Operation not permitted", str(self), None, str(target))
+        real(self, target)
+
+    monkeypatch.setattr(Path, "replace", sticky)
+    with pytest.raises(PermissionError, match=f"^The adapter cannot be saved in {saved}: Operation not permitted. .*replace files.$"):
+        save_adapter(add_lora(base, rank=3, alpha=9), saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_two_kernels_that_save_at_once_never_leave_parts_of_two_adapters_without_a_word(base, saved, monkeypatch):
+    one, other = (stir(add_lora(copy.deepcopy(base), rank=2, alpha=alpha)) for alpha in (1, 16))
+    real = Path.replace
+
+    def interleaved(self, target):
+        real(self, target)
+        if target == saved / TENSORS:  # between the two moves of one, the whole other
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "replace", real)
+                save_adapter(other, saved)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interleaved)
+        save_adapter(one, saved)
+    with pytest.raises(ValueError, match="'lora_alpha': 1, .*saved with .*'lora_alpha': 16.*Save the adapter again"):
+        load_adapter(copy.deepcopy(base), saved)
+    save_adapter(one, saved)
+    assert torch.equal(load_adapter(copy.deepcopy(base), saved)(IMAGES), one(IMAGES))
+
+
+UNREADABLE = [
+    (FileNotFoundError(2, "No such file"), "a moment ago.*try again"),
+    (PermissionError(13, "Permission denied"), "cannot be read: Permission denied. Save"),
+]
+
+
+@pytest.mark.parametrize("error, message", UNREADABLE)
+def test_a_config_that_vanishes_or_may_not_be_read_is_named(base, saved, monkeypatch, error, message):
+    def refused(path):
+        raise error
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(type(error), match=f"{CONFIG}.*{message}"):
+        load_adapter(base, saved)
+
+
+def test_a_file_that_is_shortened_while_it_is_read_kills_no_kernel(base, saved, monkeypatch):
+    pair_up = adapter_files._pair_up
+
+    def shorten(tensors):
+        os.truncate(saved / TENSORS, 0)  # were the file mapped into memory, the next look at a tensor would be a SIGBUS
+        return pair_up(tensors)
+
+    monkeypatch.setattr(adapter_files, "_pair_up", shorten)
+    assert adapter_names(load_adapter(base, saved)) == ["default"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("moved", [True, False])
 def test_an_interrupted_save_never_leaves_parts_of_two_adapters(base, saved, monkeypatch, number, moved):
     old, new = (stir(add_lora(copy.deepcopy(base), rank=2, alpha=alpha)) for alpha in (1, 16))
@@ -320,8 +419,11 @@ def test_an_interrupted_save_never_leaves_parts_of_two_adapters(base, saved, mon
         patch.setattr(Path, "replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             save_adapter(new, saved)
-    if moved and number == 2:  # it was done by then
+    if moved and number == 3:  # it was done by then
         assert torch.equal(load_adapter(copy.deepcopy(base), saved)(IMAGES), outputs)
+    elif number == 1 or (number, moved) == (2, False):  # no new file was there yet
+        assert torch.equal(load_adapter(copy.deepcopy(base), saved)(IMAGES), old(IMAGES))
+        assert sorted(p.name for p in saved.iterdir()) == [CONFIG, TENSORS]
     else:
         with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
             load_adapter(copy.deepcopy(base), saved)

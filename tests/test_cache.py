@@ -4,8 +4,10 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,9 +114,88 @@ def forbidden(*args, **settings):
 
 def test_an_unreadable_file_is_set_aside(folder, few, monkeypatch):
     first = base(few)
-    monkeypatch.setattr(cache, "safe_open", forbidden)
+    monkeypatch.setattr("pathlib.Path.read_bytes", forbidden)
     with pytest.warns(UserWarning, match="is damaged .*Permission denied.*made anew"):
         assert same(base(few), first)
+
+
+AS_NOBODY = """
+import os, sys
+import torch
+from lora_helpers.adapters import _read
+from lora_helpers.cache import load_tensors
+os.setuid(65534)
+if sys.argv[1] == "cache":
+    print(load_tensors("base", like={"x": torch.zeros(3)}))
+else:
+    _read(__import__("pathlib").Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can become somebody else")
+def test_to_somebody_who_may_not_read_a_file_it_is_not_missing(monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own lets nobody else in
+        for path, mode in ((Path(folder), 0o755), (Path(folder) / "base.safetensors", 0), (Path(folder) / "adapter_config.json", 0)):
+            path.touch()
+            path.chmod(mode)
+        monkeypatch.setenv("LORA_CACHE", folder)
+        ran = [subprocess.run([sys.executable, "-c", AS_NOBODY, what], capture_output=True, text=True) for what in ("cache", folder)]
+    assert ran[0].stdout == "None\n" and "is damaged ([Errno 13] Permission denied" in ran[0].stderr and "cannot be set aside either" in ran[0].stderr
+    assert f"PermissionError: {folder}/adapter_config.json cannot be read: Permission denied. Save the adapter again" in ran[1].stderr
+
+
+def test_a_file_that_is_shortened_while_it_is_read_kills_no_kernel(folder, few, monkeypatch):
+    first = base(few)
+    (file,) = folder.iterdir()
+    digest = cache._digest
+
+    def shorten(*args):
+        os.truncate(file, 0)  # were the file mapped into memory, the next look at a tensor would be a SIGBUS
+        return digest(*args)
+
+    monkeypatch.setattr(cache, "_digest", shorten)
+    monkeypatch.setattr(training, "train", None)
+    assert same(base(few), first)
+
+
+FOREIGN = {
+    "other keys": (lambda tensors: {"x": torch.zeros(3)}, "another network"),
+    "other shapes": (lambda tensors: tensors | {"linear3.bias": torch.zeros(11)}, "another network"),
+    "double precision": (lambda tensors: tensors | {"linear3.bias": torch.zeros(10).double()}, "another network"),
+    "not a number": (lambda tensors: tensors | {"linear3.bias": torch.full((10,), float("nan"))}, "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("change, reason", FOREIGN.values(), ids=FOREIGN)
+def test_a_whole_file_of_something_else_is_set_aside(folder, few, change, reason):
+    first = base(few)
+    (file,) = folder.iterdir()
+    cache.save_tensors(file.stem, change(first))
+    with pytest.warns(UserWarning, match=f"{reason}.*made anew"):
+        assert same(base(few), first)
+
+
+def test_a_base_that_diverged_is_not_kept(folder, few, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda net, *args, **settings: net.linear3.bias.data.fill_(float("nan")))
+    assert not base(few)["linear3.bias"].isfinite().any() and not folder.exists()
+
+
+def test_whatever_the_default_dtype_the_base_is_the_same(few):
+    first = base(few)
+    clear_cache()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(base(few), first) and same(base(few), first)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_base_is_trained_on_float32_images_without_gradients(few, folder):
+    images, labels = few.train.tensors
+    coarse = images.to(torch.bfloat16)
+    bases = [base(Mnist(TensorDataset(x, labels), few.test, "sample")) for x in (coarse, coarse.float(), images.clone().requires_grad_())]
+    assert same(bases[0], bases[1]) and same(bases[2], base(few)) and len(list(folder.iterdir())) == 2
 
 
 def test_a_folder_that_may_be_read_only(folder, few, monkeypatch):
