@@ -44,9 +44,11 @@ running = False
 explorer.observe(listen, "result")
 explorer"""
 TRAIN = f"""\
-running, trainings, start = True, [], time.monotonic()
-while len(heard) < {len(MOVES)} and time.monotonic() - start < 240:  # far more than it takes
+running, trainings, moved, seen = True, [], time.monotonic(), 0
+while len(heard) < {len(MOVES)} and time.monotonic() - moved < 120:  # seconds without a move: far more than one takes
     trainings.append(equal(training(), alone))
+    if len(heard) > seen:
+        moved, seen = time.monotonic(), len(heard)
 running = False
 print(f"trainings: {{len(trainings) > 1}}, all the same to the bit: {{all(trainings)}}")
 print(f"moves while the cell ran: {{sum(meanwhile for _, _, meanwhile in heard)}}")

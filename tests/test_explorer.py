@@ -223,6 +223,28 @@ def test_an_error_is_seen_and_the_widget_stays_usable(explorer, monkeypatch):
     assert explorer.result.settings.rank == 8, "what failed once is tried again"
 
 
+@pytest.mark.parametrize("listen", [lambda e, f: e.observe(f, "result"), lambda e, f: e.attach(lambda: f(None))])
+def test_an_error_in_what_follows_takes_no_move_back(explorer, listen):
+    listen(explorer, lambda change: 1 / 0)
+    explorer.rank = 3
+    assert explorer.rank == explorer.rank_field.value == explorer.result.settings.rank == 3 and " · rank 3 · " in explorer.summary
+    assert explorer.status == "Updated, but what follows failed: division by zero (ZeroDivisionError)."
+    explorer.apply(Settings())
+    assert explorer.settings == explorer.result.settings == Settings() and " · rank 1 · " in explorer.summary
+
+
+def test_a_follower_may_move_the_explorer(explorer):
+    def only_small(change):
+        if change.new.settings.rank > 2:
+            explorer.rank = 2
+
+    explorer.observe(only_small, "result")
+    explorer.rank = 4
+    assert explorer.rank == explorer.rank_field.value == explorer.result.settings.rank == 2
+    assert " · rank 2 · " in explorer.summary and explorer.summary in explorer._image.value and not explorer.status
+    assert "rank of ΔW at most 2" in explorer.proofs and "at most 2<" in explorer._tiles.value
+
+
 @pytest.mark.parametrize("trait, value", [("rank", 65), ("rank", 0), ("alpha", 0.01), ("alpha", float("nan")), ("alpha", float("inf")), ("batches", 37), ("digit", 10), ("share", 0.3)])
 def test_values_out_of_range_are_refused_and_change_nothing(explorer, trait, value):
     before = explorer.settings

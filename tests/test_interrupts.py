@@ -2,7 +2,9 @@
 
 import copy
 import os
+import signal
 import sys
+import threading
 import time
 from queue import Empty
 
@@ -12,6 +14,8 @@ from jupyter_client.manager import start_new_kernel
 from test_data import mirror  # noqa: F401  (fixture)
 from torch.utils.data import TensorDataset
 
+import lora_helpers.finetuning
+import lora_helpers.widgets.drawing
 from lora_helpers import (
     DigitPad,
     LoRAExplorer,
@@ -33,6 +37,7 @@ from lora_helpers import (
 )
 from lora_helpers.data import FILES, Mnist
 from lora_helpers.finetuning import FineTuner, Settings
+from lora_helpers.widgets.explorer_picture import summarise
 
 
 PLACES = int(os.environ.get("LORA_PLACES", 25))  # in the code, where the explorer is interrupted
@@ -167,7 +172,7 @@ def test_sweeps(base, mnist, monkeypatch, name, target, number):
 
 def test_a_sweep_while_it_tests(base, mnist, monkeypatch):
     whole = repr(EXPERIMENTS["sweep"](base, mnist))
-    stop_at(lambda: EXPERIMENTS["sweep"](base, mnist), monkeypatch, "lora_helpers.scaling.evaluate", 2)
+    stop_at(lambda: EXPERIMENTS["sweep"](base, mnist), monkeypatch, "lora_helpers.scaling.count_answers", 2)
     assert repr(EXPERIMENTS["sweep"](base, mnist)) == whole
 
 
@@ -210,7 +215,7 @@ def undisturbed(trained, mnist):
 
 WHILE_REFRESHING = [
     *((target, number) for target in TRAINING for number in (1, 30, 100)),
-    ("lora_helpers.finetuning.evaluate", 1),
+    ("lora_helpers.finetuning.count_answers", 1),
     ("lora_helpers.finetuning.singular_values", 2),
     ("lora_helpers.finetuning.remove_lora", 1),
     ("lora_helpers.finetuning.add_lora", 1),
@@ -240,47 +245,177 @@ def check_like(explorer, other):
     assert explorer._image.value.split("alt=")[0] == other._image.value.split("alt=")[0] and explorer.rank_slider.value == other.rank_slider.value
 
 
+def traced(move, where, stop=None):
+    """Runs `move()`; returns the lines it ran in files whose path holds `where`. An interrupt comes before line number `stop`."""
+    lines = []
+
+    def trace(frame, event, argument):
+        if where not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            lines.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(lines) - 1 == stop:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        move()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def check_agreement(explorer, pad):
+    """Controls, result, words, picture and the pad all tell of one setting, whichever it is."""
+    settings, enabled = explorer.settings, explorer.enabled
+    assert explorer.result.settings == settings and f"rank of ΔW at most {settings.rank}" in explorer.proofs
+    assert explorer.summary == summarise(explorer.result, enabled, explorer.origin) == explorer._shown.summary
+    assert explorer.summary in explorer._text.value and explorer._image.value == explorer._shown.picture and explorer.summary in explorer._image.value
+    assert f"at most {settings.rank}<" in explorer._tiles.value
+    fields = explorer.rank_field, explorer.alpha_field, explorer.batches_field, explorer.digit_field, explorer.share_field, explorer.seed_field
+    assert Settings(*(field.value for field in fields)) == settings and explorer.switch.value == enabled
+    base, on = explorer.tuner.probabilities(settings, pad.image.unsqueeze(0))
+    assert torch.equal(pad.base, base[0]) and torch.equal(pad.adapted, (on if enabled else base)[0])
+    assert pad.summary.startswith(f"LoRA {'on' if enabled else 'off'} · rank {settings.rank} · α {settings.alpha:g} · test image {pad.index}, ")
+    assert pad.summary in pad._text.value and pad.summary in pad._image.value and pad.index_field.value == pad.index
+
+
+def check_again(explorer, pad, *moves):
+    """After an interrupt: all agrees, whether one goes back or makes the same move once more."""
+    check_agreement(explorer, pad)
+    for move, settings, enabled in moves:
+        move()
+        check_agreement(explorer, pad)
+        assert (explorer.settings, explorer.enabled) == (settings, enabled) and not explorer.status and not pad.status
+
+
 def test_the_explorer_wherever_it_is_at_work(base, mnist, undisturbed, monkeypatch):
-    """An interrupt at lines evenly spread over all that the package runs once a move has begun to work."""
-
+    """An interrupt at lines evenly spread over all that the package runs from the beginning of a move on."""
     monkeypatch.setattr("lora_helpers.widgets.explorer.PATIENCE", 1e9)  # no bar for slow machines: each move runs the same lines
-
-    def move(explorer, stop=None):
-        lines = 0
-
-        def trace(frame, event, argument):
-            nonlocal lines
-            if "lora_helpers" not in frame.f_code.co_filename:
-                return None
-            if event == "line" and (lines or frame.f_code.co_name == "_refresh"):
-                lines += 1
-                if lines == stop:
-                    raise KeyboardInterrupt
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            explorer.apply(Settings(rank=3, batches=5))
-        finally:
-            sys.settrace(before)
-        return lines
-
     explorer = LoRAExplorer(base, mnist, batches=0)
+    pad = DigitPad(explorer, index=3)
+
+    def move():
+        explorer.apply(Settings(rank=3, batches=5))
+
+    def back():
+        explorer.apply(Settings(batches=0))
+
     for _ in range(2):  # the first move also draws what stays
         explorer.tuner._memory.clear()
-        explorer.apply(Settings(batches=0))
-        total = move(explorer)
+        back()
+        total = len(traced(move, "lora_helpers"))
     for part in range(PLACES):
         explorer.tuner._memory.clear()
-        explorer.apply(Settings(batches=0))
+        back()
         with pytest.raises(KeyboardInterrupt):
-            move(explorer, stop=1 + part * total // PLACES)
+            traced(move, "lora_helpers", part * total // PLACES)
             pytest.fail(str(part))
-        assert explorer.settings == explorer.result.settings, part
+        moves = (move, Settings(rank=3, batches=5), True), (back, Settings(batches=0), True)
+        check_again(explorer, pad, *moves[:: 1 if part % 2 else -1])
     explorer.tuner._memory.clear()
     explorer.apply(Settings(rank=3))
     check_like(explorer, undisturbed)
+
+
+def by_code(explorer):
+    explorer.rank = 3
+
+
+def by_apply(explorer):
+    explorer.apply(Settings(rank=3, alpha=2))
+
+
+def by_the_switch(explorer):
+    explorer.enabled = False
+
+
+@pytest.fixture(scope="module")
+def followed(trained, mnist):
+    """An explorer and a pad that follows it; all that the test below shows is trained and drawn."""
+    explorer = LoRAExplorer(trained, mnist)
+    pad = DigitPad(explorer, index=3)
+    for move in (by_code, by_apply):
+        move(explorer)
+        explorer.apply(Settings())
+    return explorer, pad
+
+
+@pytest.mark.parametrize(
+    "move, settings, enabled", [(by_code, Settings(rank=3), True), (by_apply, Settings(rank=3, alpha=2), True), (by_the_switch, Settings(), False)]
+)
+def test_at_each_line_of_the_explorer_and_its_pad(followed, move, settings, enabled):
+    """From the first line of a move to its last, the first and the last time that each is run."""
+    explorer, pad = followed
+    files = "lora_helpers/widgets/"
+
+    def back():
+        explorer.enabled = True
+        explorer.apply(Settings())
+
+    for _ in range(2):  # the first move also draws what stays
+        back()
+        lines = traced(lambda: move(explorer), files)
+    theirs = [number for number, (path, _) in enumerate(lines) if path.endswith(("common.py", "explorer.py", "drawing.py"))]
+    places = {lines[number]: number for number in reversed(theirs)}.values(), {lines[number]: number for number in theirs}.values()
+    for stop in sorted({*places[0], *places[1]}):
+        back()
+        with pytest.raises(KeyboardInterrupt):
+            traced(lambda: move(explorer), files, stop)
+            pytest.fail(str(lines[stop]))
+        assert explorer.status in ("", "Not updated: interrupted. Set the value again."), lines[stop]
+        moves = (lambda: move(explorer), settings, enabled), (back, Settings(), True)
+        check_again(explorer, pad, *moves[:: 1 if stop % 2 else -1])
+
+
+def test_an_interrupt_in_the_pad_moves_both_on(base, mnist, monkeypatch):
+    explorer = LoRAExplorer(base, mnist)
+    pad = DigitPad(explorer, index=3)
+    real, interrupts = lora_helpers.widgets.drawing._answer, [KeyboardInterrupt()]
+
+    def interrupted_once(probabilities):
+        if interrupts:
+            raise interrupts.pop()
+        return real(probabilities)
+
+    monkeypatch.setattr("lora_helpers.widgets.drawing._answer", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        explorer.rank = 3
+    assert explorer.rank == 3 and not explorer.status and not pad.status
+    check_again(explorer, pad, (lambda: explorer.apply(Settings()), Settings(), True), (lambda: setattr(explorer, "rank", 3), Settings(rank=3), True))
+
+
+def test_an_interrupt_while_another_thread_is_at_work(base, mnist, monkeypatch):
+    """The move of the slider's thread and the one that waited for it are both shown."""
+    explorer = LoRAExplorer(base, mnist)
+    pad = DigitPad(explorer, index=3)
+    real, entered, go_on = lora_helpers.finetuning.train, threading.Event(), threading.Event()
+
+    def slow(*args, **kwargs):
+        entered.set()
+        assert go_on.wait(60)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("lora_helpers.finetuning.train", slow)
+    slider = threading.Thread(target=setattr, args=(explorer.rank_slider, "value", 8.0))
+    slider.start()
+    assert entered.wait(60)
+    for move, settings in ((lambda: explorer.apply(Settings(seed=5)), Settings(rank=8)), (lambda: setattr(explorer, "rank", 2), Settings(rank=2))):
+        threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()  # by then, it waits
+        with pytest.raises(KeyboardInterrupt):
+            move()
+        assert explorer.settings == settings
+    go_on.set()
+    slider.join(60)
+    check_agreement(explorer, pad)
+    assert explorer.settings == Settings(rank=2) and not explorer.status
+    mover = threading.Thread(target=setattr, args=(explorer, "rank", 4))
+    mover.start()
+    mover.join(60)
+    assert explorer.result.settings.rank == 4, "the lock is free for other threads"
+    check_agreement(explorer, pad)
 
 
 def test_a_preset_and_the_panels_that_follow(base, mnist, monkeypatch):

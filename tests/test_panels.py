@@ -219,9 +219,7 @@ def test_the_lab_remembers_and_its_rank_only_points(lab):
 
 def test_the_axes_of_the_lab_hold_every_curve_and_words_stand_clear(lab):
     for alpha, rule in ((1 / 16, "α/r"), (64.0, "none")):
-        with lab._together():
-            lab.alpha, lab.rule = alpha, rule
-        lab._update()
+        lab._together({"alpha": alpha, "rule": rule})
         lab._draw().png()
         picture = lab._picture
         low, high = picture._axes.get_ylim()
@@ -229,9 +227,7 @@ def test_the_axes_of_the_lab_hold_every_curve_and_words_stand_clear(lab):
         for line in picture._lines:
             assert low < min(line.get_ydata()) and max(line.get_ydata()) < high
             assert picture._axes.transData.transform(line.get_xydata())[:, 1].max() < words
-    with lab._together():
-        lab.alpha, lab.rule = 1.0, "α/r"
-    lab._update()
+    lab._together({"alpha": 1.0, "rule": "α/r"})
 
 
 def test_the_lab_shows_how_far_it_is(lab):

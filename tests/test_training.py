@@ -177,9 +177,9 @@ def test_bad_hidden_size(size):
         RichBoyNet(10, size)
 
 
-def experiment(mnist):
-    """The digit-9 experiment, with its proofs; returns the evaluations before and after."""
-    net = pretrained_base(mnist, progress=False)
+def experiment(mnist, seed=0):
+    """The digit-9 experiment, with its proofs; returns the evaluations before and after. `seed` is that of the base."""
+    net = pretrained_base(mnist, seed=seed, progress=False)
     before = evaluate(net, mnist.test)
     copies = {name: p.detach().clone() for name, p in net.named_parameters()}
     torch.manual_seed(0)
@@ -212,7 +212,8 @@ def test_the_story_on_the_sample(mnist):
 
 
 def test_the_story_on_full_mnist(full_mnist_root):
-    before, after = experiment(load_mnist("full", root=full_mnist_root))
-    assert 0.92 <= before.accuracy <= 0.97  # one core instead of two: 0.932 instead of 0.946
+    # Not seed 0: with one thread its last hundred batches throw it from 0.957 to 0.930. Seeds 1 to 3 end at 0.960 to 0.963.
+    before, after = experiment(load_mnist("full", root=full_mnist_root), seed=1)
+    assert 0.94 <= before.accuracy <= 0.97
     check_story(before, after)
-    assert after.wrong_counts[9] <= before.wrong_counts[9] / 2  # on the sample in eight of ten seeds only: tests/seeds.py
+    assert after.wrong_counts[9] <= before.wrong_counts[9] / 2  # not so at every seed: tests/seeds.py

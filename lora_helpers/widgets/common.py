@@ -5,7 +5,9 @@ import html
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import RLock
+from typing import Any
 
 import ipywidgets as widgets
 import traitlets
@@ -28,10 +30,24 @@ class Finite(traitlets.Float):
         return value
 
 
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What a panel shows: the state it was made for, the picture as HTML, the summary, and the attributes that go with them."""
+
+    state: tuple
+    picture: str
+    summary: str
+    attributes: dict[str, Any]
+
+
 class Panel(widgets.VBox):
     """A column of controls, summary, picture and status.
 
     A subclass fills `controls`, computes in `_refresh`, and gives `_draw`, which makes its picture from its state.
+
+    A move is made in three steps, so that an interrupt (the stop button) leaves nothing half done: all is computed while the old
+    stays in place; one assignment to `_shown` makes it valid; then `_show` puts it into place. After an interrupt before that
+    assignment, the controls go back; after a later one, `_show` is run again. Either way controls, picture and attributes agree.
 
     Attributes:
         summary: one line that says what the picture shows; also the picture's text alternative.
@@ -43,28 +59,56 @@ class Panel(widgets.VBox):
 
     summary = traitlets.Unicode()
     status = traitlets.Unicode()
+    _watched: tuple[str, ...] = ()  # the traits that move the panel
 
     def __init__(self, controls: list[widgets.Widget], below: list[widgets.Widget] = (), beside: list[widgets.Widget] = ()):
         self._lock = RLock()  # JupyterLab may run callbacks on several threads at once
-        self._shown = None
+        self._shown: Shown | None = None
+        self._in_place: Shown | None = None  # what `_show` has put into place, to the end
         self._held = False
-        self._watched, self._settled = (), {}  # the traits that move the panel, and their values when it was last brought up to date
         self._text, self._image, self._trouble = widgets.HTML(), widgets.HTML(), widgets.HTML()
         middle = widgets.HBox([*beside, self._image], layout=WRAP) if beside else self._image
         super().__init__([*controls, self._text, middle, *below, self._trouble])
         self.add_class("lora-panel")
 
-    def _state(self):
-        """All that the picture depends on. Equal states are not drawn twice."""
-        raise NotImplementedError
+    def _state(self) -> tuple:
+        """All that the picture depends on, the watched traits first. Equal states are not drawn twice."""
+        return tuple(getattr(self, name) for name in self._watched)
 
-    def _refresh(self, state) -> None:
-        """Computes what `state` asks for, then calls `_show`."""
+    def _refresh(self, state: tuple) -> tuple[Picture, str, dict[str, Any]]:
+        """Computes what `state` asks for: the picture, the summary, and the attributes to set with them. Sets none itself."""
         raise NotImplementedError
 
     def _draw(self) -> Picture:
         """The picture of the present state, made anew, with its summary written in it: for places that run no widgets."""
         raise NotImplementedError
+
+    def __setattr__(self, name, value):
+        if name not in self._watched:
+            super().__setattr__(name, value)
+            return
+        try:
+            same = getattr(self, name) == value
+            super().__setattr__(name, value)
+            if same:  # traitlets tells nobody, but what an interrupt left behind is made good
+                self._update()
+        except BaseException as error:  # an interrupt too, also one before `_update` has begun
+            self._settle(error)
+            raise
+
+    def _together(self, values: dict[str, Any]) -> None:
+        """Moves several controls at once, with at most one refresh."""
+        with self._lock:
+            try:
+                self._held = True
+                for name, value in values.items():
+                    setattr(self, name, value)
+                self._held = False
+                self._update()
+            except BaseException as error:
+                self._held = False
+                self._settle(error)
+                raise
 
     def _update(self, change=None) -> None:
         # Synchronous on purpose: the front end merges the moves made while this runs, so no work queues up. Where
@@ -72,16 +116,63 @@ class Panel(widgets.VBox):
         with self._lock:
             if self._held:
                 return
-            with self._trouble_shown():
+            self._tell("")
+            state, tried = self._state(), None
+            while state != tried:  # a move made meanwhile is shown too: its own thread may have been interrupted while it waited
+                tried = state
+                try:
+                    if self._shown is None or state != self._shown.state:
+                        picture, summary, attributes = self._refresh(state)
+                        self._shown = Shown(state, _as_html(picture, summary), summary, attributes)
+                    self._put_into_place()
+                except BaseException as error:
+                    self._settle(error, tried)
+                    if not isinstance(error, Exception):
+                        raise  # an interrupt ends the cell
                 state = self._state()
-                if state != self._shown:
-                    try:
-                        self._refresh(state)
-                    except BaseException:  # an interrupt too
-                        self._go_back(state)
-                        raise
-                    self._shown = state
-                    self._settled = {name: getattr(self, name) for name in self._watched}
+
+    def _put_into_place(self) -> None:
+        if self._in_place is not self._shown:
+            self._show()
+            self._in_place = self._shown
+
+    def _show(self) -> None:
+        """Puts all of `_shown` into place. Can be run again; its followers come last, for they may look at the rest, or move it."""
+        self._image.value = self._shown.picture
+        self._text.value = f'<output aria-live="polite" style="{TEXT_STYLE}">{html.escape(self._shown.summary)}</output>'
+        self.summary = self._shown.summary
+        for name in self._shown.attributes:
+            setattr(self, name, self._shown.attributes[name])
+
+    def _settle(self, error: BaseException, failed: tuple | None = None) -> None:
+        """After an error or an interrupt: all agrees again, so that the same move can be made once more.
+
+        Args:
+            failed: the state that was at work; if the controls have left it since, that later move stands.
+        """
+        if not self._lock.acquire(blocking=False):
+            return  # another thread is at work: it will show the last move too
+        try:
+            if self._held:
+                return  # `_together` goes back as a whole
+            state = self._state()
+            if self._shown is None or (failed or state) != self._shown.state:
+                self._tell(f"Not updated: {_reason(error)}")
+                if self._shown and failed in (None, state):
+                    self._go_back()
+            elif failed and isinstance(error, Exception):
+                self._tell_follower_failed(error)
+            self._put_into_place()
+        finally:
+            self._lock.release()
+
+    def _go_back(self) -> None:
+        self._held = True
+        try:
+            for name, value in zip(self._watched, self._shown.state):
+                self.set_trait(name, value)
+        finally:
+            self._held = False
 
     def _follow(self, *traits: str) -> None:
         """Brings the panel up to date whenever one of `traits` moves, and now."""
@@ -92,48 +183,21 @@ class Panel(widgets.VBox):
             raise ValueError(self.status)
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        # traitlets tells of held changes one by one: without this, the first would train with the others' controls unmoved.
-        with self._lock:
-            self._held = True
-            try:
-                with self.hold_trait_notifications():
-                    yield
-            finally:
-                self._held = False
-
-    def _go_back(self, failed) -> None:
-        # The controls agree with the picture again, so that the same move can be made once more. A later move stands.
-        if self._state() == failed:
-            with self._together():
-                for name, value in self._settled.items():
-                    self.set_trait(name, value)
-
-    @contextmanager
     def _trouble_shown(self) -> Iterator[None]:
         self._tell("")
         try:
             yield
-        except Exception as error:
-            self._tell(f"Not updated: {error} ({type(error).__name__}). Set another value, or run the cell again.")
-        except KeyboardInterrupt:
-            self._tell("Not updated: interrupted. Set the value again.")
-            raise
+        except BaseException as error:
+            self._tell(f"Not updated: {_reason(error)}")
+            if not isinstance(error, Exception):
+                raise
 
     def _tell(self, status: str) -> None:
         self.status = status
         self._trouble.value = f'<div role="alert"><b>{html.escape(status)}</b></div>' if status else ""
 
-    def _show(self, picture: Picture, summary: str) -> None:
-        # The size is fixed beforehand and decoding does not wait, so that nothing jumps or flickers.
-        data = base64.b64encode(picture.png()).decode()
-        width, height = (round(side * picture.dpi) for side in picture.get_size_inches())
-        self._image.value = (
-            f'<img alt="{html.escape(summary)}" width="{width}" height="{height}" decoding="sync" src="data:image/png;base64,{data}" '
-            'style="max-width: 100%; height: auto; border-radius: 4px; display: block">'
-        )
-        self._text.value = f'<output aria-live="polite" style="{TEXT_STYLE}">{html.escape(summary)}</output>'
-        self.summary = summary
+    def _tell_follower_failed(self, error: Exception) -> None:
+        self._tell(f"Updated, but what follows failed: {error} ({type(error).__name__}).")
 
     def _repr_mimebundle_(self, **kwargs):
         data = super()._repr_mimebundle_(**kwargs)
@@ -145,13 +209,39 @@ class Panel(widgets.VBox):
         return f"{type(self).__name__}: run this notebook to use its controls"
 
 
+def _as_html(picture: Picture, summary: str) -> str:
+    # The size is fixed beforehand and decoding does not wait, so that nothing jumps or flickers.
+    data = base64.b64encode(picture.png()).decode()
+    width, height = (round(side * picture.dpi) for side in picture.get_size_inches())
+    return (
+        f'<img alt="{html.escape(summary)}" width="{width}" height="{height}" decoding="sync" src="data:image/png;base64,{data}" '
+        'style="max-width: 100%; height: auto; border-radius: 4px; display: block">'
+    )
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted. Set the value again."
+    return f"{error} ({type(error).__name__}). Set another value, or run the cell again."
+
+
 def tie(panel: Panel, trait: str, control: widgets.Widget) -> widgets.Widget:
     """Keeps `panel.trait` and `control.value` the same, and returns `control`.
 
     Unlike `traitlets.link`, it drops no move that comes on another thread while the panel is at work on the last one.
     """
     inward, outward = type(getattr(panel, trait)), type(control.value)
-    control.observe(lambda change: panel.set_trait(trait, inward(change.new)), names="value")
+
+    def move(change):
+        try:
+            value = inward(change.new)
+            if value != getattr(panel, trait):  # if it is equal, it was the panel that moved the control
+                setattr(panel, trait, value)
+        except BaseException:
+            control.value = outward(getattr(panel, trait))
+            raise
+
+    control.observe(move, names="value")
     panel.observe(lambda change: setattr(control, "value", outward(change.new)), names=trait)
     return control
 

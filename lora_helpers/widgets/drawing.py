@@ -124,6 +124,7 @@ class DigitPad(Panel):
         self._strokes: list[list[tuple[float, float]]] = []
         self._drawing = False
         self._picture = ProbabilityPicture()
+        self._painted = None
         self.image = self.base = self.adapted = None
         self._make_canvas()
         last = len(self._images) - 1
@@ -139,8 +140,9 @@ class DigitPad(Panel):
         self.buttons = {button.description: button for button in buttons}
         hint = widgets.Label("Draw in the box, or pick:")
         super().__init__([widgets.HBox([hint, self.index_field, *buttons])], beside=[self.canvas])
-        explorer.attach(self._update)
         self._follow("index")
+        explorer.attach(self._update)
+        self._update()  # the explorer may have moved just before
 
     def draw(self, strokes: Sequence[Stroke]) -> None:
         """Shows `strokes`, points (x, y) on a canvas of 280×280, as if drawn by hand."""
@@ -207,37 +209,50 @@ class DigitPad(Panel):
 
     def _state(self):
         drawn = tuple(tuple(stroke) for stroke in self._strokes) if self.index < 0 else None
-        return self.index, drawn, self._explorer.result.settings, self._explorer.enabled
+        return *super()._state(), drawn, *self._explorer.shown
 
-    def _refresh(self, state) -> None:
+    def _refresh(self, state):
         index, strokes, settings, enabled = state
-        if self._shown is None or self._shown[:2] != state[:2]:
-            self._paint(index, strokes)
         if index < 0 and not strokes:
-            self.image = (torch.zeros(1, SIDE, SIDE) - MEAN) / STD
-            self.base = self.adapted = torch.zeros(10)
+            image = (torch.zeros(1, SIDE, SIDE) - MEAN) / STD
+            base = adapted = torch.zeros(10)
             text = "nothing drawn yet: draw in the box with mouse, pen or finger"
         else:
-            self.image = self._images[index] if index >= 0 else as_mnist(strokes)
-            (self.base,), (adapted,) = self._explorer.tuner.probabilities(settings, self.image.unsqueeze(0))
-            self.adapted = adapted if enabled else self.base
+            image = self._images[index] if index >= 0 else as_mnist(strokes)
+            (base,), (adapted,) = self._explorer.tuner.probabilities(settings, image.unsqueeze(0))
+            adapted = adapted if enabled else base
             what = f"test image {index}, a {self._labels[index]}" if index >= 0 else "your drawing"
-            text = f"{what} · the base says {_answer(self.base)} · now {_answer(self.adapted)}"
+            text = f"{what} · the base says {_answer(base)} · now {_answer(adapted)}"
         switch = "LoRA on" if enabled else "LoRA off"
+        summary = f"{switch} · rank {settings.rank} · α {settings.alpha:g} · {text}"
+        arguments = image, base, adapted, switch, summary
+        return self._picture.update(*arguments), summary, {"image": image, "base": base, "adapted": adapted, "_arguments": arguments}
+
+    def _show(self) -> None:
+        index, strokes = self._shown.state[:2]
         self.index_field.description = "test image" if index >= 0 else "your drawing"
-        self._arguments = self.image, self.base, self.adapted, switch, f"{switch} · rank {settings.rank} · α {settings.alpha:g} · {text}"
-        self._show(self._picture.update(*self._arguments), self._arguments[-1])
+        if self._painted != (index, strokes):
+            self._painted = None  # an interrupt leaves half of it
+            self._paint(index, strokes)
+            self._painted = index, strokes
+        super()._show()
 
     def _paint(self, index: int, strokes) -> None:
-        with hold_canvas():
-            self.canvas.fill_style = "white"  # black on white in a dark theme too
-            self.canvas.fill_rect(0, 0, CANVAS, CANVAS)
-            for stroke in strokes or ():
-                self.canvas.stroke_lines(list(stroke) if len(stroke) > 1 else [stroke[0], stroke[0]])
-            if index >= 0:
-                pixels = 255 * (1 - (self._images[index].squeeze() * STD + MEAN).clamp(0, 1))
-                grey = pixels.byte().repeat_interleave(CANVAS // SIDE, dim=0).repeat_interleave(CANVAS // SIDE, dim=1)
-                self.canvas.put_image_data(grey.unsqueeze(-1).repeat(1, 1, 3).numpy(), 0, 0)
+        stopped = None
+        with hold_canvas():  # if an error left this block, ipycanvas would hold all later strokes back
+            try:
+                self.canvas.fill_style = "white"  # black on white in a dark theme too
+                self.canvas.fill_rect(0, 0, CANVAS, CANVAS)
+                for stroke in strokes or ():
+                    self.canvas.stroke_lines(list(stroke) if len(stroke) > 1 else [stroke[0], stroke[0]])
+                if index >= 0:
+                    pixels = 255 * (1 - (self._images[index].squeeze() * STD + MEAN).clamp(0, 1))
+                    grey = pixels.byte().repeat_interleave(CANVAS // SIDE, dim=0).repeat_interleave(CANVAS // SIDE, dim=1)
+                    self.canvas.put_image_data(grey.unsqueeze(-1).repeat(1, 1, 3).numpy(), 0, 0)
+            except BaseException as error:
+                stopped = error
+        if stopped:
+            raise stopped
 
     def _draw(self) -> ProbabilityPicture:
         return ProbabilityPicture(caption=True).update(*self._arguments)

@@ -2,6 +2,7 @@
 
 import html
 import time
+from collections.abc import Callable
 
 import ipywidgets as widgets
 import traitlets
@@ -64,19 +65,19 @@ class LoRAExplorer(Panel):
         """The settings that the controls stand at."""
         return Settings(**{name: getattr(self, name) for name in Settings.__dataclass_fields__})
 
+    @property
+    def shown(self) -> tuple[Settings, bool]:
+        """The settings and the switch as the picture shows them: while a training runs, the controls may be ahead of it."""
+        *settings, enabled = self._shown.state
+        return Settings(*settings), enabled
+
     def apply(self, settings: Settings) -> None:
         """Moves all controls at once, with at most one training."""
-        with self._together():
-            for name in Settings.__dataclass_fields__:
-                setattr(self, name, getattr(settings, name))
-        self._update()
+        self._together({name: getattr(settings, name) for name in Settings.__dataclass_fields__})
 
-    def attach(self, follower) -> None:
-        """Calls `follower(change)` after every move, in place of the follower before it: a cell run twice leaves no old one."""
-        if self._follower:
-            self.unobserve(self._follower, names=["result", "enabled"])
+    def attach(self, follower: Callable[[], None]) -> None:
+        """Calls `follower()` after every move, in place of the follower before it: a cell run twice leaves no old one."""
         self._follower = follower
-        self.observe(follower, names=["result", "enabled"])
 
     def _make_controls(self) -> list[widgets.Widget]:
         shares = [(f"{share:.0%}", share) for share in SHARES]
@@ -127,20 +128,25 @@ class LoRAExplorer(Panel):
             ),
         ]
 
-    def _state(self):
-        return self.settings, self.enabled
-
-    def _refresh(self, state) -> None:
-        settings, enabled = state
+    def _refresh(self, state):
+        *settings, enabled = state
+        settings = Settings(*settings)
         try:
             result, origin = self.tuner.run(settings, progress=self._training_progress())
         finally:
             self._progress.layout.visibility = "hidden"
         proofs = self.tuner.proofs(settings)
         summary = summarise(result, enabled, origin)
-        self._show(self._picture.update(result, enabled, summary), summary)
-        self._tiles.value = _proof_row(proofs)
-        self.result, self.origin, self.proofs = result, origin, proofs
+        return self._picture.update(result, enabled, summary), summary, {"origin": origin, "proofs": proofs, "result": result}
+
+    def _show(self) -> None:
+        self._tiles.value = _proof_row(self._shown.attributes["proofs"])
+        super()._show()
+        if self._follower:
+            try:
+                self._follower()
+            except Exception as error:
+                self._tell_follower_failed(error)
 
     def _training_progress(self):
         start = time.monotonic()
@@ -154,7 +160,7 @@ class LoRAExplorer(Panel):
 
     def _draw(self) -> ExplorerPicture:
         picture = ExplorerPicture(self.tuner.mnist.test, self._ranks, caption=True)
-        return picture.update(self.result, self._shown[1], self.summary)
+        return picture.update(self.result, self.shown[1], self.summary)
 
 
 def _proof_row(proofs: dict[str, bool]) -> str:

@@ -161,18 +161,14 @@ class ParametrizationInspector(Panel):
         super().__init__([widgets.HBox(rows, layout=WRAP)])
         self._follow("rank", "alpha", "steps", "enabled")
 
-    def _state(self):
-        return self.rank, self.alpha, self.steps, self.enabled
-
-    def _refresh(self, state) -> None:
+    def _refresh(self, state):
         rank, alpha, steps, enabled = state
         result = inspect(self._layer, rank=rank, alpha=alpha, steps=steps)
         summary = _summarise(result, enabled, steps)
-        self._show(InspectorPicture(result, enabled, summary), summary)
-        self.result = result
+        return InspectorPicture(result, enabled, summary), summary, {"result": result}
 
     def _draw(self) -> InspectorPicture:
-        return InspectorPicture(self.result, self._shown[-1], self.summary, caption=True)
+        return InspectorPicture(self.result, self._shown.state[-1], self.summary, caption=True)
 
 
 def _summarise(shown: Inspection, enabled: bool, steps: int) -> str:

@@ -46,8 +46,8 @@ class LivePicture(Picture):
         """Takes on the size that `projector_mode` asks for."""
         dpi = DPI * plots._type_scale  # all grows, for larger type alone would not fit: the places are fixed
         if self.dpi != dpi:
+            self._background = None  # first: were it kept by an interrupt, it would be of the old size
             self.set_dpi(dpi)
-            self._background = None
 
     def png(self) -> bytes:
         self.fit()

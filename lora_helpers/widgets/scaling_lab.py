@@ -103,10 +103,7 @@ class ScalingLab(Panel):
         super().__init__([widgets.HBox(row, layout=WRAP)])
         self._follow("rank", "alpha", "rule", "layer")
 
-    def _state(self):
-        return self.rank, self.alpha, self.rule, self.layer
-
-    def _refresh(self, state) -> None:
+    def _refresh(self, state):
         rank, alpha, rule, layer = state
         results, origins = [], set()
         try:
@@ -128,9 +125,8 @@ class ScalingLab(Panel):
             f"{shown.settings.digit}s wrong {nines:.0f}% · others wrong {others:.0f}% · seed 0, "
             f"{'just trained' if 'just trained' in origins else 'remembered'}"
         ).replace("^-", "^−")
-        self._arguments = results, scales, layer, rank, summary
-        self._show(self._picture.update(*self._arguments), summary)
-        self.results = dict(zip(RANKS, results))
+        arguments = results, scales, layer, rank, summary
+        return self._picture.update(*arguments), summary, {"_arguments": arguments, "results": dict(zip(RANKS, results))}
 
     def _draw(self) -> ScalingPicture:
         return ScalingPicture(caption=True).update(*self._arguments)
