@@ -387,8 +387,10 @@ def test_an_interrupt_in_the_pad_moves_both_on(base, mnist, monkeypatch):
     check_again(explorer, pad, (lambda: explorer.apply(Settings()), Settings(), True), (lambda: setattr(explorer, "rank", 3), Settings(rank=3), True))
 
 
-def test_an_interrupt_while_another_thread_is_at_work(base, mnist, monkeypatch):
+def test_an_interrupt_while_another_thread_is_at_work(base, mnist, monkeypatch, request):
     """The move of the slider's thread and the one that waited for it are both shown."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     explorer = LoRAExplorer(base, mnist)
     pad = DigitPad(explorer, index=3)
     real, entered, go_on = lora_helpers.finetuning.train, threading.Event(), threading.Event()
