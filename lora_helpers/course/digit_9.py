@@ -82,7 +82,7 @@ def _judge_seen(seen: list[str], everything: list[str]) -> None:
     if len(seen) == 1 and seen[0].startswith("linear1"):  # the bias, where the loop goes through the network instead of the copies
         raise Wrong("a return inside the loop", "Only the first parameter is compared: `return` ends the function at once. Answer after the last comparison.")
     if len(seen) == 1 and seen[0].startswith("linear3"):
-        raise Wrong("only the last comparison counts", "Each turn of the loop overwrites what the one before had found: keep them all, or stop at the first False.")
+        raise Wrong("only the last comparison counts", "Each turn of the loop overwrites what the one before found: keep them all, or stop at the first False.")
     if all(name.endswith("bias") for name in unseen):
         raise Wrong("biases not checked", f"{unseen[0]} had moved, and the proof did not see it.")
     if all(name.endswith("weight") for name in unseen) and len(unseen) == len(everything) / 2:
@@ -295,7 +295,7 @@ def quiz() -> Quiz:
             },
         ),
         Question(
-            "The training images were all nines. Why did the fours suffer, and hardly the sixes?",
+            "The training images were all nines. Why did the fours suffer so much?",
             "What raises the logit of 9 is found in fours too",
             {
                 "What raises the logit of 9 is found in fours too": "So they lost most of their lead over it, and nothing in the training asked to keep it.",
