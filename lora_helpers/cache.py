@@ -16,6 +16,8 @@ import torch
 from platformdirs import user_cache_path
 from safetensors.torch import load, save
 
+from lora_helpers.checks import all_finite
+
 _UNFINISHED = "lora-unfinished-"
 _BASE, _RAW = f"base-*-{'[0-9a-f]' * 16}", "mnist/MNIST/raw"
 _OWN = (f"{_BASE}.safetensors", f"{_BASE}.damaged*", f"{_RAW}/*-ubyte", f"{_RAW}/*-ubyte.damaged*", f"{_UNFINISHED}*", f"{_RAW}/{_UNFINISHED}*")
@@ -68,7 +70,7 @@ def load_tensors(name: str, like: dict[str, torch.Tensor]) -> dict[str, torch.Te
             raise ValueError("its content is not what was saved")
         if _outline(tensors) != _outline(like):
             raise ValueError("its tensors are those of another network")
-        if not all_finite(tensors):
+        if not all_finite(tensors.values()):
             raise ValueError("it holds values that are NaN or infinite")
         return tensors
     except FileNotFoundError:  # deleted in this moment
@@ -91,11 +93,6 @@ def parse_safetensors(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str
     length = int.from_bytes(content[:8], "little")
     in_order = dict(sorted(tensors.items()))  # `load` gives them in an order that changes from run to run
     return in_order, json.loads(content[8 : 8 + length]).get("__metadata__") or {}
-
-
-def all_finite(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether no value is NaN or infinite."""
-    return all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def save_tensors(name: str, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,10 +1,17 @@
 """What a caller passed, checked: each error says what was given and what is allowed."""
 
 import sys
+from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 LARGEST_SEED = 2**63 - 1  # of torch.Generator
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no value is NaN or infinite; no tensor may be empty."""
+    return all(value.isfinite() for tensor in tensors for value in torch.aminmax(tensor.detach()))  # NaN is passed on; far quicker than isfinite()
 
 
 def check_whole(name: str, value: int, low: int = 1, high: int | None = None) -> None:

@@ -11,7 +11,7 @@ from threading import RLock
 import torch
 from torch.utils.data import TensorDataset
 
-from lora_helpers.checks import LARGEST_SEED, check_positive, check_whole
+from lora_helpers.checks import LARGEST_SEED, all_finite, check_positive, check_whole
 from lora_helpers.data import Mnist, as_tensors, check_mnist, only_digit
 from lora_helpers.factorisation import factorised, with_first_products
 from lora_helpers.lora import add_lora, count_parameters, freeze_base, lora_disabled, lora_layers, remove_lora
@@ -137,7 +137,7 @@ class FineTuner:
         check_mnist(mnist)
         if lora_layers(base):
             raise ValueError("This base already has LoRA; call remove_lora(net) first, or pass pretrained_base(mnist).")
-        if not all(_is_finite(parameter) for parameter in base.parameters()):
+        if not all_finite(base.parameters()):
             raise ValueError("The base holds values that are NaN or infinite: its training diverged. Take a new one: pretrained_base(mnist).")
         self.mnist = mnist
         self._net = copy.deepcopy(base)
@@ -247,7 +247,7 @@ class FineTuner:
 
     def _test(self, settings: Settings, training: _Training) -> FineTuning:
         pairs = training.adapters[settings.batches]
-        if not all(_is_finite(t) for pair in pairs for t in pair):
+        if not all_finite(t for pair in pairs for t in pair):
             raise ValueError(f"The training with {settings} diverged: A and B hold NaN. Choose a smaller alpha.")
         self._put(settings, pairs)
         labels = as_tensors(self.mnist.test)[1].cpu()
@@ -291,10 +291,6 @@ class FineTuner:
             remove_lora(self._net)
         generator = torch.Generator().manual_seed(settings.seed)
         freeze_base(add_lora(self._net, rank=settings.rank, alpha=settings.alpha, generator=generator))
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return all(value.isfinite() for value in torch.aminmax(tensor.detach()))
 
 
 def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

@@ -529,11 +529,10 @@ def _train_together(
     parts = [[p for p in net.parameters() if p.requires_grad] for net in nets]
     device = parts[0][0].device
     images, labels = images.to(device), labels.to(device)
-    groups: dict[str, list] = {}
-    for name, lr in dict.fromkeys((setting.optimizer, setting.lr) for setting in settings):  # few large groups are quicker
-        alike = [p for own, setting in zip(parts, settings) if (setting.optimizer, setting.lr) == (name, lr) for p in own]
-        groups.setdefault(name, []).append({"params": alike, "lr": lr})
-    optimizers = [_choice("optimizer", name, OPTIMIZERS)(group, fused=True) for name, group in groups.items()]
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}  # one step for many parameters is quicker
+    for own, setting in zip(parts, settings):
+        groups.setdefault((setting.optimizer, setting.lr), []).extend(own)
+    optimizers = [_choice("optimizer", name, OPTIMIZERS)(group, lr=lr, fused=True) for (name, lr), group in groups.items()]
     losses = torch.zeros(batches, len(nets), device=device)
     orders = zip(*(_order(len(labels), setting.seed) for setting in settings))
     with side_by_side(nets) as together:

@@ -17,8 +17,8 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from lora_helpers import __version__
-from lora_helpers.cache import all_finite, load_tensors, save_tensors
-from lora_helpers.checks import LARGEST_SEED, check_network, check_positive, check_whole
+from lora_helpers.cache import load_tensors, save_tensors
+from lora_helpers.checks import LARGEST_SEED, all_finite, check_network, check_positive, check_whole
 from lora_helpers.data import Mnist, as_tensors, check_mnist
 from lora_helpers.factorisation import factorised, side_by_side, with_first_products
 from lora_helpers.model import RichBoyNet
@@ -180,8 +180,8 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
     """A `RichBoyNet` trained on `mnist`, from the cache; trained and cached where it is missing.
 
     The recipe: Adam, learning rate 0.001, batches of 10, `mnist.pretraining_epochs` passes.
-    The cache is keyed by recipe, data, seed, and the versions of PyTorch and of this package.
-    It is float32, whatever PyTorch's default dtype or that of the images. PyTorch's global random stream is left as it was.
+    The cache is keyed by recipe, data, seed, number of threads, and the versions of PyTorch and of this package.
+    The network is float32, whatever PyTorch's default dtype or that of the images. PyTorch's global random stream is left as it was.
 
     Raises:
         TypeError: `mnist` is no `Mnist`, or its training part no `TensorDataset` of images and labels.
@@ -202,7 +202,7 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
             net.load_state_dict(state)
             return net
         train(net, dataset, epochs=mnist.pretraining_epochs, seed=seed, progress=progress)
-    if all_finite(net.state_dict()):  # else `train` has warned that it diverged
+    if all_finite(net.parameters()):  # else `train` has warned that it diverged
         save_tensors(name, net.state_dict())
     return net
 

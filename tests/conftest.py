@@ -20,8 +20,11 @@ def require(present, what):
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """The tests, and the kernels that nbval starts, share one fresh cache and leave the user's alone."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers: what one has trained, the others need not
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("LORA_CACHE", str(folder / "cache"))
         yield
 
 

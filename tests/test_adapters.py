@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import peft
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tracing import traced
 
 from lora_helpers import (
     RichBoyNet,
@@ -607,26 +607,10 @@ def alike(one, two):
 
 def interrupted_at(line, call):
     """Whether `call` was interrupted when it came to its `line`-th line."""
-    passed = 0
-
-    def trace(frame, event, argument):
-        nonlocal passed
-        if not frame.f_code.co_filename.endswith(("lora.py", "adapters.py", "parametrize.py")):
-            return None
-        if event == "line":
-            passed += 1
-            if passed == line:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
     try:
-        call()
+        traced(call, "lora_helpers/lora.py", "lora_helpers/adapters.py", "utils/parametrize.py", stop=line - 1)
     except KeyboardInterrupt:
         return True
-    finally:
-        sys.settrace(before)
     return False
 
 

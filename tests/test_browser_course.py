@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell
 from playwright.sync_api import Page, expect
-from test_browser_widgets import browser, lab, open_notebook  # noqa: F401  (fixtures)
+from test_browser_widgets import browser, lab, open_notebook, without_outputs  # noqa: F401  (fixtures)
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SCREENSHOT = os.environ.get("LORA_SCREENSHOT")
@@ -22,10 +22,7 @@ def notebooks(tmp_path_factory):
     notebook = read("1_mlp.ipynb")
     rankings = [cell.source for cell in read("4_digit_9.ipynb").cells if "= PredictRanking(" in cell.source]
     notebook.cells += [new_code_cell("from lora_helpers import PredictRanking\n" + rankings[0]), new_code_cell(REVEAL)]
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, folder / "1_mlp.ipynb")
+    nbformat.write(without_outputs(notebook), folder / "1_mlp.ipynb")
     return folder
 
 

@@ -5,7 +5,7 @@ import re
 import nbformat
 import pytest
 from playwright.sync_api import expect
-from test_browser_widgets import browser, lab, run_all, shows, slider  # noqa: F401  (fixtures)
+from test_browser_widgets import browser, lab, run_all, shows, slider, without_outputs  # noqa: F401  (fixtures)
 from test_rerun import NOTEBOOKS
 
 
@@ -14,11 +14,7 @@ def notebooks(tmp_path_factory):
     """Notebook 4 without its stored outputs, so that all that is seen was made in the test."""
     folder = tmp_path_factory.mktemp("served")
     (path,) = (path for path in NOTEBOOKS if path.stem == "4_digit_9")
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, folder / path.name)
+    nbformat.write(without_outputs(nbformat.read(path, as_version=4)), folder / path.name)
     return folder
 
 

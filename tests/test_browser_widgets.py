@@ -79,6 +79,14 @@ def notebooks(tmp_path_factory):
     return folder
 
 
+def without_outputs(notebook):
+    """`notebook`, changed so that all that is seen of it is new."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
 def serve(path, sources):
     kernel = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
     nbformat.write(new_notebook(cells=[new_code_cell(source) for source in sources], metadata=kernel), path)

@@ -121,6 +121,7 @@ def test_an_unreadable_file_is_set_aside(folder, few, monkeypatch):
 
 AS_NOBODY = """
 import os, sys
+from pathlib import Path
 import torch
 from lora_helpers.adapters import _read
 from lora_helpers.cache import load_tensors
@@ -128,7 +129,7 @@ os.setuid(65534)
 if sys.argv[1] == "cache":
     print(load_tensors("base", like={"x": torch.zeros(3)}))
 else:
-    _read(__import__("pathlib").Path(sys.argv[1]))
+    _read(Path(sys.argv[1]))
 """
 
 

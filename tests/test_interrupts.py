@@ -13,6 +13,7 @@ import torch
 from jupyter_client.manager import start_new_kernel
 from test_data import mirror  # noqa: F401  (fixture)
 from torch.utils.data import TensorDataset
+from tracing import traced
 
 import lora_helpers.finetuning
 import lora_helpers.widgets.drawing
@@ -245,28 +246,6 @@ def check_like(explorer, other):
     assert explorer._image.value.split("alt=")[0] == other._image.value.split("alt=")[0] and explorer.rank_slider.value == other.rank_slider.value
 
 
-def traced(move, where, stop=None):
-    """Runs `move()`; returns the lines it ran in files whose path holds `where`. An interrupt comes before line number `stop`."""
-    lines = []
-
-    def trace(frame, event, argument):
-        if where not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            lines.append((frame.f_code.co_filename, frame.f_lineno))
-            if len(lines) - 1 == stop:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        move()
-    finally:
-        sys.settrace(before)
-    return lines
-
-
 def check_agreement(explorer, pad):
     """Controls, result, words, picture and the pad all tell of one setting, whichever it is."""
     settings, enabled = explorer.settings, explorer.enabled
@@ -311,7 +290,7 @@ def test_the_explorer_wherever_it_is_at_work(base, mnist, undisturbed, monkeypat
         explorer.tuner._memory.clear()
         back()
         with pytest.raises(KeyboardInterrupt):
-            traced(move, "lora_helpers", part * total // PLACES)
+            traced(move, "lora_helpers", stop=part * total // PLACES)
             pytest.fail(str(part))
         moves = (move, Settings(rank=3, batches=5), True), (back, Settings(batches=0), True)
         check_again(explorer, pad, *moves[:: 1 if part % 2 else -1])
@@ -363,7 +342,7 @@ def test_at_each_line_of_the_explorer_and_its_pad(followed, move, settings, enab
     for stop in sorted({*places[0], *places[1]}):
         back()
         with pytest.raises(KeyboardInterrupt):
-            traced(lambda: move(explorer), files, stop)
+            traced(lambda: move(explorer), files, stop=stop)
             pytest.fail(str(lines[stop]))
         assert explorer.status in ("", "Not updated: interrupted. Set the value again."), lines[stop]
         moves = (lambda: move(explorer), settings, enabled), (back, Settings(), True)

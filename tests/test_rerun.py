@@ -45,6 +45,10 @@ def run(path, order, stored=False, free=TIMES):
     return troubles
 
 
+def told(troubles):
+    return "\n\n".join(f"run {number}, cell {place + 1}\n{source}\n→ {what}" for number, place, source, what in troubles)
+
+
 def doubled(count):
     return [place for place in range(count) for _ in range(2)]
 
@@ -70,7 +74,7 @@ RUNS = [
 @pytest.mark.parametrize("path, order", RUNS)
 def test_any_order(path, order):
     troubles = run(path, order)
-    assert not troubles, "\n\n".join(f"run {n}, cell {place + 1}\n{source}\n→ {what}" for n, place, source, what in troubles)
+    assert not troubles, told(troubles)
 
 
 # What another processor does, only worse: each weight starts a millionth away from where it would, and training carries that far.
@@ -100,7 +104,7 @@ def test_the_stored_verdicts_hold_for_another_rounding(path, number, tmp_path, m
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
     troubles = run(path, range, stored=True)
-    assert not troubles, "\n\n".join(f"cell {place + 1}\n{source}\n→ {what}" for _, place, source, what in troubles)
+    assert not troubles, told(troubles)
 
 
 @pytest.mark.slow
@@ -109,4 +113,4 @@ def test_the_stored_verdicts_hold_on_the_full_mnist(path, full_mnist_root, monke
     monkeypatch.setenv("LORA_MNIST", "full")
     monkeypatch.setenv("LORA_MNIST_ROOT", str(full_mnist_root))
     troubles = run(path, range, stored=True, free=TIMES + COUNTS)
-    assert not troubles, "\n\n".join(f"cell {place + 1}\n{source}\n→ {what}" for _, place, source, what in troubles)
+    assert not troubles, told(troubles)

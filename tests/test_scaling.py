@@ -328,7 +328,7 @@ def test_under_sgd_it_is_the_square_root_that_keeps_what_is_learned(base, mnist)
 
 def test_with_alpha_over_r_the_norm_falls_like_one_over_root_r_on_full_mnist(full_mnist_root):
     full = load_mnist("full", root=full_mnist_root)
-    base = pretrained_base(full, progress=False)
+    base = pretrained_base(full, seed=1, progress=False)  # that of test_the_story_on_full_mnist, which is cached then
     runs = scaling.sweep(base, full, scaling.ladder(ranks=(4, 16, 64), rules=("α/r",), seeds=(0, 1)), progress=False)
     slopes = scaling.norm_slopes(runs, "linear2")["α/r"]
     assert mean(slopes) == pytest.approx(-0.5, abs=0.15), slopes

@@ -166,6 +166,12 @@ def run(function, *arguments):
     return result
 
 
+def mentions(function, *names: str) -> bool:
+    """Whether the code of a learner's function uses one of `names`; True where its code cannot be seen."""
+    code = getattr(function, "__code__", None)
+    return code is None or not set(names).isdisjoint(code.co_names)
+
+
 def same(given, truth) -> bool:
     """Whether two numbers, lists or tensors of numbers have one shape and the same values, rounding aside."""
     given, truth = numbers(given), numbers(truth)

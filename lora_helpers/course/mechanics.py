@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, kind_of, need_tensor, run
+from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, kind_of, mentions, need_tensor, run
 from lora_helpers.course.quiz import Question, Quiz
 from lora_helpers.lora import LoRAParametrization
 
@@ -291,13 +291,12 @@ def compute_once(function):
     if not isinstance(given, (list, tuple, torch.Tensor)):
         raise Uncheckable(f"{asked}; this is {kind_of(given)}. Square brackets make a list.")
     if len(given) != len(batches):
-        more = " (A `return` inside a loop ends it.)" if len(given) < len(batches) else " (`+=` with a tensor adds its rows one by one; `append` adds it whole.)"
-        raise Uncheckable(f"{asked}; yours has {len(given)}.{more}")
+        few, many = "A `return` inside a loop ends it.", "`+=` with a tensor adds its rows one by one; `append` adds it whole."
+        raise Uncheckable(f"{asked}; yours has {len(given)}. ({few if len(given) < len(batches) else many})")
     for output, truth in zip(given, expected):
         if not torch.allclose(need_tensor(output, "Each output").detach(), truth, atol=1e-5):
             raise Wrong(None, "An output differs from `layer(batch)`: is the bias in it?")
-    names = getattr(getattr(function, "__code__", None), "co_names", ("cached",))
-    if len(calls) == len(batches) and "cached" not in names:
+    if len(calls) == len(batches) and not mentions(function, "cached"):
         raise Wrong("no cache", "The outputs are right, but the weight was computed for each batch: `parametrize.cached()` is not in your function.")
     if len(calls) == len(batches):
         raise Wrong(

@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import TensorDataset
 
-from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor, numbers, same
+from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, mentions, need_tensor, numbers, same
 from lora_helpers.course.quiz import Question, Quiz
 from lora_helpers.data import Mnist
 from lora_helpers.model import RichBoyNet
@@ -169,7 +169,8 @@ def keep_copies(keep):
     if missing and missing == list(before)[1:]:
         raise Wrong("a return inside the loop", "Only the first parameter is in it: `return` ends the function at once. Collect, then return.")
     if missing:
-        raise Wrong(None, f"{', '.join(missing[:3])}{', …' * (len(missing) > 3)} {'is' if len(missing) == 1 else 'are'} not in it; use the names of `named_parameters()`.")
+        named = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
+        raise Wrong(None, f"{named} {'is' if len(missing) == 1 else 'are'} not in it; use the names of `named_parameters()`.")
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(1)  # as an optimiser would: in place
@@ -214,13 +215,13 @@ def accuracy(measure):
     try:
         given = call(measure, net, Mnist(*parts, "sample"))
     except LearnerError as error:
-        picks = {"argmax", "max", "topk", "argsort", "sort"} & set(getattr(getattr(measure, "__code__", None), "co_names", ("max",)))
-        if "must match the size" in str(error.error) and "(10)" in str(error.error) and not picks:
+        ten = "must match the size" in str(error.error) and "(10)" in str(error.error)
+        if ten and not mentions(measure, "argmax", "max", "topk", "argsort", "sort"):
             raise Wrong(
                 "all ten logits compared",
                 "The ten logits of each image are compared with its label. Its answer is the *place* of the largest of them: which function gives it?",
             ) from None
-        if "must match the size" in str(error.error) and "(10)" in str(error.error):
+        if ten:
             raise Wrong(
                 "the best of the images, not of the logits",
                 "`argmax(dim=0)` picks the best *image* for each digit. Each image has a row of ten logits: which dimension runs along it?",

@@ -48,7 +48,10 @@ def largest_rank(rank_for):
             call(rank_for, budget),
             ranks,
             {
-                "over the budget": (ranks + 1, f"With {budget:,} numbers, that rank costs {(ranks + 1) * PARAMETERS_PER_RANK:,}: round down{'' if ranks else ', to 0'}."),
+                "over the budget": (
+                    ranks + 1,
+                    f"With {budget:,} numbers, that rank costs {(ranks + 1) * PARAMETERS_PER_RANK:,}: round down{'' if ranks else ', to 0'}.",
+                ),
                 "not a whole rank": (budget / PARAMETERS_PER_RANK, "A rank is a whole number."),
                 "the base counted": ((budget - 2_807_010) // PARAMETERS_PER_RANK, "The base is frozen; the budget is for A and B."),
                 "only one layer counted": (budget // 1_784, "That is what linear1 alone would allow; three layers are adapted."),
