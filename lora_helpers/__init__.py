@@ -1,6 +1,6 @@
 """The chores behind the LoRA notebooks.
 
-checks → cache → data → model → lora → adapters → factorisation → training → scaling → finetuning → plots → scaling_plots → widgets:
+checks → cache → data → model → lora → adapters → factorisation → backpropagation → training → scaling → finetuning → plots → scaling_plots → widgets:
 each module imports only from those before it.
 """
 
@@ -31,7 +31,6 @@ _MODULE_OF = {
     "load_adapter": "adapters",
     "save_adapter": "adapters",
     "factorised": "factorisation",
-    "side_by_side": "factorisation",
     "Evaluation": "training",
     "evaluate": "training",
     "pretrained_base": "training",

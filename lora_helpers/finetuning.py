@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from threading import RLock
 
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from lora_helpers.checks import LARGEST_SEED, all_finite, check_positive, check_whole
 from lora_helpers.data import Mnist, as_tensors, check_mnist, only_digit
 from lora_helpers.factorisation import factorised, with_first_products
-from lora_helpers.lora import add_lora, count_parameters, freeze_base, lora_disabled, lora_layers, remove_lora
+from lora_helpers.lora import add_lora, count_parameters, freeze_base, frozen_twin, lora_disabled, lora_layers, remove_lora
 from lora_helpers.model import RichBoyNet
-from lora_helpers.training import Evaluation, count_answers, evaluate, train
+from lora_helpers.training import Evaluation, count_answers, evaluate, train, train_side_by_side
 
 # The numbers of batches at which a training keeps its A and B, so that one can go back and forth through it.
 STOPS = (0, 1, 2, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300)
@@ -172,6 +173,24 @@ class FineTuner:
             training.results[settings.batches] = result  # not before: an interrupted test is no result
             return result, origin
 
+    def train_ahead(self, wanted: Iterable[Settings], progress: Callable[[int, int], None] | None = None) -> None:
+        """Trains those of `wanted` that are not remembered side by side, which is quicker than one after the other; `run` then finds them.
+
+        They may differ in rank and alpha alone. `progress` is as in `run`.
+        """
+        with self._lock:
+            missing = [settings for settings in wanted if not self._remembered(settings)]
+            if not missing:
+                return
+            first = missing[0]
+            nets = [_with_new_lora(frozen_twin(self._net), settings) for settings in missing]
+            train_side_by_side(
+                nets, _lesson(self.mnist.train, first), max_batches=first.batches, seed=first.seed,
+                after_batch=progress and (lambda done: progress(done, first.batches)),
+            )  # fmt: skip
+            for settings, net in zip(missing, nets):
+                self._remember(settings, _Training({settings.batches: _copied_adapters(net)}, {}))
+
     def proofs(self, settings: Settings) -> dict[str, bool]:
         """Four claims about the network at `settings`, each computed now from its tensors.
 
@@ -225,25 +244,27 @@ class FineTuner:
         lesson = _lesson(self.mnist.train, settings)
         stops = {*stops, settings.batches}
         length = settings.batches if settings.batches > USUAL_LENGTH else max(s for s in stops if s <= USUAL_LENGTH)
-        self._add_lora(settings)
+        _with_new_lora(self._net, settings)
         training = _Training({}, {})
 
         def keep(done: int) -> None:
             if done in stops:
-                adapters = [adapter for (adapter,) in lora_layers(self._net).values()]
-                training.adapters[done] = [(a.lora_A.detach().clone(), a.lora_B.detach().clone()) for a in adapters]
+                training.adapters[done] = _copied_adapters(self._net)
             if progress:
                 progress(done, length)
 
         keep(0)
         if length:
             train(self._net, lesson, max_batches=length, seed=settings.seed, progress=False, after_batch=keep)
+        self._remember(settings, training)
+        return training
+
+    def _remember(self, settings: Settings, training: _Training) -> None:
         key = replace(settings, batches=0)
         self._memory[key] = training
         self._memory.move_to_end(key)
         while len(self._memory) > 1 and sum(t.size for t in self._memory.values()) > MEMORY:
             self._memory.popitem(last=False)
-        return training
 
     def _test(self, settings: Settings, training: _Training) -> FineTuning:
         pairs = training.adapters[settings.batches]
@@ -280,17 +301,22 @@ class FineTuner:
     def _put(self, settings: Settings, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         worn = [(adapter.rank, adapter.alpha) for (adapter,) in lora_layers(self._net).values()]
         if worn != len(pairs) * [(settings.rank, settings.alpha)]:  # registering them anew takes longer than all else here
-            self._add_lora(settings)
+            _with_new_lora(self._net, settings)
         with torch.no_grad():
             for (adapter,), (A, B) in zip(lora_layers(self._net).values(), pairs):
                 adapter.lora_A.copy_(A)
                 adapter.lora_B.copy_(B)
 
-    def _add_lora(self, settings: Settings) -> None:
-        if lora_layers(self._net):
-            remove_lora(self._net)
-        generator = torch.Generator().manual_seed(settings.seed)
-        freeze_base(add_lora(self._net, rank=settings.rank, alpha=settings.alpha, generator=generator))
+
+def _with_new_lora(net: nn.Module, settings: Settings) -> nn.Module:
+    if lora_layers(net):
+        remove_lora(net)
+    generator = torch.Generator().manual_seed(settings.seed)
+    return freeze_base(add_lora(net, rank=settings.rank, alpha=settings.alpha, generator=generator))
+
+
+def _copied_adapters(net: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(adapter.lora_A.detach().clone(), adapter.lora_B.detach().clone()) for (adapter,) in lora_layers(net).values()]
 
 
 def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

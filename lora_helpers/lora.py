@@ -264,6 +264,11 @@ def freeze_base(net: nn.Module) -> nn.Module:
     return net
 
 
+def frozen_twin(net: nn.Module) -> nn.Module:
+    """A copy of `net`, frozen, whose parameters share the memory of those of `net`: many cost little, and none may be merged."""
+    return copy.deepcopy(net, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()})
+
+
 def set_lora_enabled(net: nn.Module, enabled: bool) -> None:
     """Switches LoRA on or off. Off, each weight *is* its original, to the bit.
 

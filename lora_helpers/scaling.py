@@ -22,18 +22,19 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
+from lora_helpers.backpropagation import losses_and_gradients
 from lora_helpers.data import Mnist, as_tensors, load_mnist, only_digit
-from lora_helpers.factorisation import factorised, side_by_side, with_first_products
-from lora_helpers.lora import LoRAParametrization, add_lora, count_parameters, freeze_base, lora_layers
+from lora_helpers.factorisation import factorised, with_first_products
+from lora_helpers.lora import LoRAParametrization, add_lora, count_parameters, freeze_base, frozen_twin, lora_layers
 from lora_helpers.model import RichBoyNet
-from lora_helpers.training import count_answers, evaluate, pretrained_base, train
+from lora_helpers.training import count_answers, evaluate, make_optimizer, pretrained_base, train
 
 # The factor on B A as the rank grows: none, that of rsLoRA, that of LoRA. All agree at rank 1.
 RULES = {"α": lambda rank: 1.0, "α/√r": lambda rank: rank**-0.5, "α/r": lambda rank: 1 / rank}
 OPTIMIZERS = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
 STARTS = {"normal": "A ~ N(0, 1)", "kaiming": "A ~ Kaiming-uniform"}
 ALPHAS, FACTORS = (0.25, 1, 4, 16), (1 / 16, 1 / 4, 1, 4)  # of the grid; the factors are on the usual learning rates
-TOGETHER = 10  # adapters trained side by side
+TOGETHER = 16  # adapters trained side by side, at most
 WEIGHTS = ("linear1", "linear2", "linear3")
 
 
@@ -234,10 +235,10 @@ class Run:
 def start_lora(base: nn.Module, setting: Setting) -> nn.Module:
     """A twin of `base` with LoRA as `setting` says; the global random stream is left alone.
 
-    Its base is frozen and shares the memory of `base`, so that many twins cost little: do not merge it.
+    Its base is frozen and shares the memory of `base`: do not merge it.
     """
     _choice("start", setting.start, STARTS)
-    net = copy.deepcopy(base, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()})
+    net = frozen_twin(base)
     generator = torch.Generator().manual_seed(setting.seed)
     add_lora(net, rank=setting.rank, alpha=alpha_for(setting.rule, setting.rank, setting.alpha), generator=generator)
     if setting.start == "kaiming":  # loralib and PEFT: uniform within ±1/√in, standard deviation 1/√(3·in)
@@ -255,6 +256,7 @@ def sweep(
     at: Iterable[int] = (),
     directions: dict[str, torch.Tensor] | None = None,
     digit: int = 9,
+    known: Iterable[Run] = (),
     progress: bool = True,
 ) -> list[Run]:
     """Fine-tunes a copy of `base` on one digit for each setting, in batches of 10, and tests it; with a progress bar.
@@ -264,16 +266,18 @@ def sweep(
     Args:
         at: after which batches ΔW is measured, besides the last.
         directions: D for each layer, of the weight's shape.
+        known: runs of an earlier sweep with the same arguments otherwise; they are not trained again.
     """
     settings = list(settings)
-    alike = [replace(setting, rule="α", alpha=setting.scale) for setting in settings]
-    distinct, done, wanted = list(dict.fromkeys(alike)), {}, {*at, batches}
+    done, wanted = {_essence(run.setting): run for run in known}, {*at, batches}
+    distinct = [key for key in _by_rank(map(_essence, settings)) if key not in done]
     images, labels = as_tensors(mnist.test)
     with factorised(start_lora(base, Setting())) as net:
         images = with_first_products(net, images.to(next(base.parameters())))  # the same for every adapter
+    parts = math.ceil(len(distinct) / TOGETHER)
     with tqdm(total=len(distinct), disable=not progress, unit="run") as bar:
-        for first in range(0, len(distinct), TOGETHER):
-            chunk = distinct[first : first + TOGETHER]
+        for part in range(parts):
+            chunk = distinct[part * len(distinct) // parts : (part + 1) * len(distinct) // parts]
             nets = [start_lora(base, setting) for setting in chunk]
             sizes = [{} for _ in chunk]
 
@@ -288,7 +292,12 @@ def sweep(
                     result = count_answers(net, images, labels)
                 done[setting] = Run(setting, size, result.wrong_counts[digit], result.accuracy, math.isfinite(own[-1]))
                 bar.update()
-    return [replace(done[key], setting=setting) for key, setting in zip(alike, settings)]
+    return [replace(done[_essence(setting)], setting=setting) for setting in settings]
+
+
+def _essence(setting: Setting) -> Setting:
+    """The same for settings of one scale, by whichever rule they come to it."""
+    return replace(setting, rule="α", alpha=setting.scale)
 
 
 def ladder(
@@ -438,7 +447,8 @@ def learning_curves(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], 
     Source: the two signals are those of Kalajdzievski, arXiv 2312.03732, definition 3.1.
     """
     settings = list(settings)
-    nets = [start_lora(base, setting) for setting in settings]
+    distinct = _by_rank(settings)
+    nets = [start_lora(base, setting) for setting in distinct]
     trained = [[p for p in net.parameters() if p.requires_grad] for net in nets]
     gradients = torch.zeros(batches, len(nets))
     with tqdm(total=batches, disable=not progress, unit="batch") as bar:
@@ -447,27 +457,27 @@ def learning_curves(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], 
             gradients[batch - 1] = torch.stack([nn.utils.get_total_norm([p.grad for p in own]) for own in trained])
             bar.update()
 
-        losses = _train_together(nets, settings, mnist.train, batches, measure)
-    curves = []
-    for setting, net, own_losses, own_gradients in zip(settings, nets, losses, gradients.T.tolist()):
-        signals = _signals(net, mnist.test)
-        curves.append(Curve(setting, own_losses, own_gradients, *signals, evaluate(net, mnist.test).accuracy))
-    return curves
+        losses = _train_together(nets, distinct, mnist.train, batches, measure)
+    curves = {}
+    for setting, net, own_losses, own_gradients in zip(distinct, nets, losses, gradients.T.tolist()):
+        curves[setting] = Curve(setting, own_losses, own_gradients, *_signals_and_accuracy(net, mnist.test))
+    return [curves[setting] for setting in settings]
 
 
-def _signals(net: nn.Module, dataset: TensorDataset, layer: str = "linear2") -> tuple[float, float]:
+def _signals_and_accuracy(net: nn.Module, dataset: TensorDataset, layer: str = "linear2") -> tuple[float, float, float]:
     seen = []
     watch = net.get_submodule(layer).register_forward_hook(lambda _, inputs, output: seen.extend((*inputs, output)))
     try:
         images, labels = (t.to(net.linear3.bias.device) for t in as_tensors(dataset))
-        loss = F.cross_entropy(net(images), labels, reduction="sum")
+        logits = net(images)
     finally:
         watch.remove()
     x, output = seen
-    (gradient,) = torch.autograd.grad(loss, output)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), output)
     delta = _adapters(net)[layer].delta
     with torch.no_grad():
-        return tuple(added.square().mean().sqrt().item() for added in (x @ delta.T, gradient @ delta))
+        forwards, backwards = (added.square().mean().sqrt().item() for added in (x @ delta.T, gradient @ delta))
+        return forwards, backwards, (logits.argmax(dim=1) == labels).float().mean().item()
 
 
 # ---------------------------------------------------------------- what it costs
@@ -521,6 +531,11 @@ def _adapters(net: nn.Module) -> dict[str, LoRAParametrization]:
     return {name: adapters[0] for name, adapters in lora_layers(net).items()}
 
 
+def _by_rank(settings: Iterable[Setting]) -> list[Setting]:
+    """Each once, and those of one rank together: adapters of one rank are trained in one product."""
+    return sorted(dict.fromkeys(settings), key=lambda setting: setting.rank)
+
+
 def _train_together(
     nets: Sequence[nn.Module], settings: Sequence[Setting], dataset: TensorDataset, batches: int, after_batch: Callable[[int], None]
 ) -> list[list[float]]:
@@ -532,22 +547,19 @@ def _train_together(
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}  # one step for many parameters is quicker
     for own, setting in zip(parts, settings):
         groups.setdefault((setting.optimizer, setting.lr), []).extend(own)
-    optimizers = [_choice("optimizer", name, OPTIMIZERS)(group, lr=lr, fused=True) for (name, lr), group in groups.items()]
+    optimizers = [make_optimizer(_choice("optimizer", name, OPTIMIZERS), group, lr) for (name, lr), group in groups.items()]
     losses = torch.zeros(batches, len(nets), device=device)
     orders = zip(*(_order(len(labels), setting.seed) for setting in settings))
-    with side_by_side(nets) as together:
-        if len(images) <= 10 * batches * len(nets):  # else most of them are never drawn
-            images = with_first_products(together, images)
-        for batch, chosen in zip(range(batches), orders):
-            rows = torch.cat(chosen).to(device)
-            each = F.cross_entropy(together(images[rows]), labels[rows], reduction="none").view(len(nets), -1).mean(dim=1)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            each.sum().backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            losses[batch] = each.detach()
-            after_batch(batch + 1)
+    if len(images) <= 10 * batches * len(nets):  # else most of them are never drawn
+        images = with_first_products(nets[0], images)
+    for batch, chosen in zip(range(batches), orders):
+        rows = torch.cat(chosen).to(device)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses[batch] = losses_and_gradients(nets, images[rows], labels[rows])
+        for optimizer in optimizers:
+            optimizer.step()
+        after_batch(batch + 1)
     return losses.T.tolist()
 
 

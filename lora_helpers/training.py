@@ -17,10 +17,11 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from lora_helpers import __version__
+from lora_helpers.backpropagation import check_copies, losses_and_gradients
 from lora_helpers.cache import load_tensors, save_tensors
 from lora_helpers.checks import LARGEST_SEED, all_finite, check_network, check_positive, check_whole
 from lora_helpers.data import Mnist, as_tensors, check_mnist
-from lora_helpers.factorisation import factorised, side_by_side, with_first_products
+from lora_helpers.factorisation import factorised, with_first_products
 from lora_helpers.model import RichBoyNet
 
 
@@ -71,7 +72,7 @@ def train(
     seed: int | None = None,
     progress: bool = True,
     after_batch: Callable[[int], None] | None = None,
-    optimizer_class: type[torch.optim.Optimizer] | None = None,
+    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
 ) -> list[float]:
     """Trains the trainable parameters of `net` on cross-entropy, in shuffled batches.
 
@@ -86,7 +87,7 @@ def train(
         seed: of the order of the images; None draws one from PyTorch's global random stream.
         progress: shows a tqdm bar with the running mean loss.
         after_batch: called after each batch with the number of batches done, from 1.
-        optimizer_class: such as `torch.optim.SGD`, used with PyTorch's defaults but for `lr`. Default: Adam.
+        optimizer_class: such as `torch.optim.SGD`, used with PyTorch's defaults but for `lr`.
 
     Returns:
         The loss of each batch.
@@ -94,7 +95,7 @@ def train(
     Raises:
         ValueError: a number out of range, an empty dataset, nothing to train (also: LoRA is off, or gradients are), or a
             network that does not answer with 10 logits an image.
-        TypeError: `net` is no network, or `dataset` no `TensorDataset` of images and labels.
+        TypeError: `net` is no network, `dataset` no `TensorDataset` of images and labels, or `optimizer_class` no class.
 
     Source: Adam, https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html
     """
@@ -106,7 +107,7 @@ def train(
     device = trainable[0].device
     images, labels = images.to(trainable[0]), labels.to(device)
     steps = max_batches or epochs * -(-len(labels) // batch_size)
-    optimizer = _optimizer(optimizer_class, trainable, lr)
+    optimizer = make_optimizer(optimizer_class, trainable, lr)
     losses = torch.zeros(steps, device=device)
     with _mode(net, training=True), factorised(net), tqdm(total=steps, disable=not progress, unit="batch") as bar:
         for step, (x, digits) in zip(range(steps), _drawn(net, images, labels, batch_size, seed)):
@@ -131,25 +132,29 @@ def train_side_by_side(
     batch_size: int = 10,
     lr: float = 1e-3,
     seed: int | None = None,
+    after_batch: Callable[[int], None] | None = None,
 ) -> None:
     """Trains the adapters of several copies of one base on the same batches, in one pass.
 
     Each ends as `train(net, dataset, max_batches=…, seed=seed)` leaves it, but for rounding; in less time than one
-    after the other, since the frozen weights are multiplied once for all (see `side_by_side`).
+    after the other, since the frozen weights are multiplied once for all (see `losses_and_gradients`).
 
     Raises:
-        ValueError: as of `train`, or networks that are no copies of one base with LoRA.
-        TypeError: `dataset` is no `TensorDataset` of images and labels.
+        ValueError: as of `train`; there is no network, or one twice; they are not `RichBoyNet`s that are copies of one frozen base, each
+            with one adapter in use on each of the same layers.
+        TypeError: `nets` is no list of networks, or `dataset` no `TensorDataset` of images and labels.
     """
     images, labels = _checked(dataset, lr, seed, batch_size=batch_size, max_batches=max_batches)
-    with side_by_side(nets) as together:
-        trainable = _trainable(*nets)
-        optimizer = _Adam(trainable, lr)
-        images, labels = images.to(trainable[0]), labels.to(trainable[0].device)
-        for _, (x, digits) in zip(range(max_batches), _drawn(together, images, labels, batch_size, seed)):
-            logits = _logits(together, torch.cat([x] * len(nets)))
-            loss = len(nets) * F.cross_entropy(logits, digits.repeat(len(nets)))  # each network's own mean, summed
-            _step(optimizer, loss)
+    check_copies(nets)
+    trainable = _trainable(*nets)
+    optimizer = _Adam(trainable, lr)
+    images, labels = images.to(trainable[0]), labels.to(trainable[0].device)
+    for batch, (x, digits) in zip(range(max_batches), _drawn(nets[0], images, labels, batch_size, seed)):
+        optimizer.zero_grad()
+        losses_and_gradients(nets, torch.cat([x] * len(nets)), digits.repeat(len(nets)))
+        optimizer.step()
+        if after_batch:
+            after_batch(batch + 1)
 
 
 def evaluate(net: nn.Module, dataset: TensorDataset) -> Evaluation:
@@ -268,8 +273,11 @@ def _step(optimizer: "torch.optim.Optimizer | _Adam", loss: torch.Tensor) -> Non
     optimizer.step()
 
 
-def _optimizer(wanted: Callable | None, trainable: list[nn.Parameter], lr: float) -> "torch.optim.Optimizer | _Adam":
-    if wanted is None:
+def make_optimizer(wanted: Callable, trainable: list[nn.Parameter], lr: float) -> "torch.optim.Optimizer | _Adam":
+    """An optimizer of the class `wanted`, as fast as there is one of its kind."""
+    if not callable(wanted):
+        raise TypeError(f"optimizer_class is {wanted!r}; it must be a class of torch.optim, such as torch.optim.SGD, without quotation marks.")
+    if wanted is torch.optim.Adam:
         return _Adam(trainable, lr)
     fused = {"fused": True} if "fused" in signature(wanted).parameters else {}  # quicker, but not every optimiser has it
     return wanted(trainable, lr=lr, **fused)

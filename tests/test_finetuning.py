@@ -65,6 +65,24 @@ def test_repaired_and_broken_are_just_that(mnist, tuner):
     assert sum(result.on.wrong_counts) - sum(result.off.wrong_counts) == len(result.broken) - len(result.repaired)
 
 
+def test_trained_ahead_is_as_trained_alone(base, mnist):
+    tuner, done = FineTuner(base, mnist), []
+    wanted = [Settings(rank=rank, alpha=alpha, batches=10) for rank, alpha in ((1, 1), (4, 1), (4, 2))]
+    alone, _ = tuner.run(wanted[1], stops=())
+    tuner.train_ahead(wanted, lambda now, of: done.append((now, of)))
+    assert done[0] == (1, 10) and done[-1] == (10, 10)
+    assert tuner.run(wanted[1]) == (alone, "remembered"), "it was remembered, and is not trained again"
+    for settings in (wanted[0], wanted[2]):
+        ahead, origin = tuner.run(settings)
+        assert origin == "just tested" and all(tuner.proofs(settings).values())
+        other = FineTuner(base, mnist).run(settings, stops=())[0]
+        assert (ahead.on.predictions == other.on.predictions).float().mean() > 0.995  # the sums are made in another order
+        assert ahead.norms == pytest.approx(other.norms, rel=1e-3)
+    done.clear()
+    tuner.train_ahead(wanted)
+    assert not done
+
+
 def test_the_share_of_others_is_exact(mnist):
     for share, others in ((0, 0), (0.1, 33), (0.5, 300), (0.8, 1200)):
         images, labels = finetuning._lesson(mnist.train, Settings(share=share)).tensors

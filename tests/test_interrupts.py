@@ -32,7 +32,6 @@ from lora_helpers import (
     only_digit,
     pretrained_base,
     scaling,
-    side_by_side,
     train,
     train_side_by_side,
 )
@@ -142,7 +141,7 @@ def test_pre_training_caches_nothing_half_done(mnist, monkeypatch, tmp_path, num
     assert same(bits(pretrained_base(mnist, progress=False)), whole)
 
 
-@pytest.mark.parametrize("context", [factorised, lambda net: side_by_side([net, copy.deepcopy(net)]), lora_disabled])
+@pytest.mark.parametrize("context", [factorised, lora_disabled])
 def test_a_block_puts_everything_back(base, context):
     net = freeze_base(add_lora(base))
     with pytest.raises(KeyboardInterrupt), context(net):
@@ -150,6 +149,7 @@ def test_a_block_puts_everything_back(base, context):
     assert is_whole(net) and all(adapter.enabled for found in lora_layers(net).values() for adapter in found)
 
 
+LOSS_SIDE_BY_SIDE = "torch.nn.functional.log_softmax"
 SETTINGS = [scaling.Setting(rank, rule=rule, optimizer=optimizer) for rank, rule, optimizer in ((1, "α/r", "Adam"), (4, "α", "SGD"), (4, "α/r", "Adam"))]
 EXPERIMENTS = {
     "sweep": lambda base, mnist: scaling.sweep(base, mnist, SETTINGS, batches=5, at=(1, 3), progress=False),
@@ -159,11 +159,13 @@ EXPERIMENTS = {
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-@pytest.mark.parametrize("target, number", [("torch.nn.functional.cross_entropy", 1), ("torch.nn.functional.cross_entropy", 4), ("torch.autograd.backward", 3)])
+@pytest.mark.parametrize("target, number", [("lora_helpers.training.adam", 1), ("lora_helpers.training.adam", 4), ("a gradient", 3)])
 def test_sweeps(base, mnist, monkeypatch, name, target, number):
     def run():
         return EXPERIMENTS[name](base, mnist)
 
+    if target == "a gradient":
+        target = "torch.autograd.backward" if name == "full fine-tuning" else LOSS_SIDE_BY_SIDE
     state, stream = bits(base), torch.get_rng_state()
     whole = repr(run())
     stop_at(run, monkeypatch, target, number)
@@ -182,7 +184,7 @@ def test_training_side_by_side(base, mnist, monkeypatch, number):
     fresh = [freeze_base(add_lora(copy.deepcopy(base), rank=rank, generator=torch.Generator().manual_seed(0))) for rank in (1, 3)]
     nets, twins = copy.deepcopy(fresh), copy.deepcopy(fresh)
     train_side_by_side(twins, mnist.train, max_batches=5, seed=0)
-    stop_at(lambda: train_side_by_side(nets, mnist.train, max_batches=5, seed=0), monkeypatch, "torch.nn.functional.cross_entropy", number)
+    stop_at(lambda: train_side_by_side(nets, mnist.train, max_batches=5, seed=0), monkeypatch, LOSS_SIDE_BY_SIDE, number)
     assert all(map(is_whole, nets))
     train_side_by_side(fresh, mnist.train, max_batches=5, seed=0)
     assert all(same(bits(net), bits(twin)) for net, twin in zip(fresh, twins))
@@ -412,11 +414,11 @@ def test_a_preset_and_the_panels_that_follow(base, mnist, monkeypatch):
     assert "test image 7" in pad.summary and not pad.status
 
 
-@pytest.mark.parametrize("number", [1, 150, 400])
-def test_the_scaling_lab(trained, mnist, monkeypatch, number):
+@pytest.mark.parametrize("target, number", [(LOSS_SIDE_BY_SIDE, 1), (LOSS_SIDE_BY_SIDE, 90), ("lora_helpers.finetuning.count_answers", 3)])
+def test_the_scaling_lab(trained, mnist, monkeypatch, target, number):
     monkeypatch.setattr("lora_helpers.widgets.scaling_lab.RANKS", (1, 2, 4, 8, 16))
     lab = ScalingLab(trained, mnist)
-    stop_at(lambda: setattr(lab, "alpha", 2.0), monkeypatch, "torch.nn.functional.cross_entropy", number)
+    stop_at(lambda: setattr(lab, "alpha", 2.0), monkeypatch, target, number)
     assert lab.alpha == lab.alpha_field.value == 1 and "α 1 " in lab.summary and "interrupted" in lab.status
     lab.alpha = 2.0
     assert {result.settings.alpha for result in lab.results.values()} == {2.0} and not lab.status

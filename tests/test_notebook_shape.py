@@ -118,6 +118,12 @@ def test_lines_fit_a_slide_and_a_projector(notebook):
                 assert all(len(line) <= WIDEST_OUTPUT for line in output.get("text", "").splitlines()), output["text"]
 
 
+def test_no_output_waits_for_a_widget_that_is_gone(notebook):
+    for cell in code(notebook):
+        for output in cell.outputs:
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), "a page without its kernel shows an error there"
+
+
 def test_every_picture_has_a_text_alternative(notebook):
     pictures = 0
     for cell in code(notebook):

@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize, parametrizations, prune
 from torch.utils.data import TensorDataset
 
 from lora_helpers import (
+    ParametrizationInspector,
+    Quiz,
     LoRAParametrization,
     RichBoyNet,
     add_lora,
@@ -37,7 +39,6 @@ from lora_helpers import (
     save_adapter,
     set_lora_enabled,
     show_digits,
-    side_by_side,
     train,
     train_side_by_side,
     use_adapter,
@@ -422,7 +423,7 @@ TAKES_NETWORK = {
     "remove_lora": remove_lora,
     "save_adapter": lambda net: save_adapter(net, "nowhere"),
     "set_lora_enabled": lambda net: set_lora_enabled(net, True),
-    "side_by_side": lambda net: side_by_side([net]).__enter__(),
+    "train_side_by_side": lambda net: train_side_by_side([net], load_mnist("sample").test, max_batches=1),
     "train": lambda net: train(net, load_mnist("sample").test),
     "use_adapter": lambda net: use_adapter(net, "nine"),
 }
@@ -436,9 +437,7 @@ def test_what_is_no_network_is_named(call, thing):
 
 
 OTHERS = {
-    "no networks": (lambda: side_by_side([]).__enter__(), "network"),
     "no networks to train": (lambda: train_side_by_side([], TensorDataset(images(2), torch.tensor([1, 2])), max_batches=2), "network"),
-    "strangers side by side": (lambda: side_by_side([add_lora(RichBoyNet(8, 9)), add_lora(RichBoyNet(8, 9))]).__enter__(), "copies of one base"),
     "another source": (lambda: load_mnist("fashion"), "allowed are"),
     "no mnist": (lambda: pretrained_base("sample"), "load_mnist"),
     "no mnist to fine-tune on": (lambda: fine_tune(RichBoyNet(8, 9), "sample"), "load_mnist"),
@@ -452,6 +451,11 @@ OTHERS = {
     "an empty stroke": (lambda: as_mnist([[]]), "nothing drawn"),
     "a point that is nowhere": (lambda: as_mnist([[(1, math.nan)]]), "finite"),
     "a point of three numbers": (lambda: as_mnist([[(1, 2, 3)]]), "(x, y)"),
+    "an optimizer by name": (lambda: train(RichBoyNet(8, 9), load_mnist().test, progress=False, optimizer_class="sgd"), "torch.optim.SGD"),
+    "a quiz of nothing": (lambda: Quiz([]), "at least one Question"),
+    "a quiz of numbers": (lambda: Quiz(3), "it must be a list"),
+    "an inspector of a number": (lambda: ParametrizationInspector(3), "it must be an nn.Linear"),
+    "an inspector of an adapted layer": (lambda: ParametrizationInspector(add_lora(torch.nn.Linear(8, 6))), "as it was made"),
     "a look that is no bool": (lambda: projector_mode("large"), "True or False"),
 }
 

@@ -1,6 +1,7 @@
 """A recall quiz: a few questions, each answered in words as soon as a choice is made."""
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ipywidgets as widgets
@@ -24,9 +25,14 @@ class Quiz(widgets.VBox):
 
     Attributes:
         radios: the choices of each question; `answers`: the reply shown below each, as text.
+
+    Raises:
+        TypeError: `questions` is no list of questions.
     """
 
-    def __init__(self, questions: tuple[Question, ...]):
+    def __init__(self, questions: Sequence[Question]):
+        if not isinstance(questions, (list, tuple)) or not questions or not all(isinstance(question, Question) for question in questions):
+            raise TypeError(f"questions is {questions!r}; it must be a list of at least one Question(ask, right, replies).")
         self._questions, self._first = questions, {}
         self.radios, self.answers, parts = [], ["" for _ in questions], []
         self._replies = [widgets.HTML() for _ in questions]

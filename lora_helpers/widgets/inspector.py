@@ -125,7 +125,7 @@ class ParametrizationInspector(Panel):
     `result` is the `Inspection` shown. A `layer` of one's own may have up to 8 inputs and 8 outputs, and at least 4.
 
     Raises:
-        ValueError: `layer` is too large to be drawn, or too small.
+        ValueError: `layer` is too large to be drawn, or too small. TypeError: it is no plain `nn.Linear`.
     """
 
     rank = traitlets.Int(1, min=1, max=MAX_RANK)
@@ -139,6 +139,8 @@ class ParametrizationInspector(Panel):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 layer = nn.Linear(8, 6)
+        if type(layer) is not nn.Linear:
+            raise TypeError(f"layer is a {type(layer).__name__}; it must be an nn.Linear as it was made, such as nn.Linear(8, 6).")
         if not all(MAX_RANK <= side <= 8 for side in layer.weight.shape):
             raise ValueError(f"The weight is {tuple(layer.weight.shape)}; both sides must be {MAX_RANK} to 8 for its numbers to be read.")
         self._layer = copy.deepcopy(layer)

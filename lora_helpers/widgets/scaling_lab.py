@@ -92,7 +92,7 @@ class ScalingLab(Panel):
         self.layer_field = widgets.Dropdown(
             options=["linear1", "linear2", "linear3"], value=self.layer, description="layer", tooltip="whose ΔW is measured", **FIELD
         )
-        self._progress = widgets.IntProgress(max=len(RANKS), description="training", layout=widgets.Layout(width="190px", visibility="hidden"))
+        self._progress = widgets.IntProgress(description="training", layout=widgets.Layout(width="190px", visibility="hidden"))
         row = [
             paired(self, "rank", self.rank_field, self.rank_slider),
             paired(self, "alpha", self.alpha_field, self.alpha_slider),
@@ -105,14 +105,10 @@ class ScalingLab(Panel):
 
     def _refresh(self, state):
         rank, alpha, rule, layer = state
-        results, origins = [], set()
+        wanted = [Settings(rank=r, alpha=alpha_for(RULES[rule], r, alpha)) for r in RANKS]
         try:
-            for done, r in enumerate(RANKS):
-                result, origin = self.tuner.run(Settings(rank=r, alpha=alpha_for(RULES[rule], r, alpha)), stops=())
-                results.append(result)
-                origins.add(origin)
-                if origin == "just trained":
-                    self._progress.value, self._progress.layout.visibility = done + 1, "visible"
+            self.tuner.train_ahead(wanted, self._show_training)
+            results, origins = zip(*(self.tuner.run(settings, stops=()) for settings in wanted))
         finally:
             self._progress.layout.visibility = "hidden"
         scales = [result.settings.alpha / result.settings.rank for result in results]
@@ -123,10 +119,14 @@ class ScalingLab(Panel):
             f"LoRA on · rank {rank} · α {alpha:g} · scale {'α at every rank' if rule == 'none' else rule} = {scales[place]:.3g} · {layer}: ‖BA‖ {norm / scales[place]:.1f} × "
             f"{scales[place]:.3g} = ‖ΔW‖ {norm:.2f} · over the ranks ‖ΔW‖ ∝ r^{slope(RANKS, [r.norms[layer] for r in results]):.2f} · "
             f"{shown.settings.digit}s wrong {nines:.0f}% · others wrong {others:.0f}% · seed 0, "
-            f"{'just trained' if 'just trained' in origins else 'remembered'}"
+            f"{'remembered' if set(origins) == {'remembered'} else 'just trained'}"
         ).replace("^-", "^−")
         arguments = results, scales, layer, rank, summary
         return self._picture.update(*arguments), summary, {"_arguments": arguments, "results": dict(zip(RANKS, results))}
+
+    def _show_training(self, done: int, total: int) -> None:
+        if done % 10 == 0:
+            self._progress.max, self._progress.value, self._progress.layout.visibility = total, done, "visible"
 
     def _draw(self) -> ScalingPicture:
         return ScalingPicture(caption=True).update(*self._arguments)

@@ -1,0 +1,182 @@
+"""Adapters trained side by side: backpropagation written out for copies of one frozen `RichBoyNet`."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from lora_helpers.checks import check_network
+from lora_helpers.factorisation import frozen_backward, frozen_linear, has_only_lora
+from lora_helpers.lora import LoRAParametrization, lora_layers
+from lora_helpers.model import RichBoyNet
+
+LAYERS = ("linear1", "linear2", "linear3")
+
+
+def check_copies(nets: Sequence[nn.Module]) -> None:
+    """Refuses what `losses_and_gradients` cannot compute together.
+
+    Raises:
+        ValueError: there is no network, or one twice; they do not have LoRA on the same layers of the same base; a base is not
+            frozen, LoRA is off, or a network is not as `RichBoyNet` makes it, with one adapter in use on each adapted layer and no hooks.
+        TypeError: `nets` is no list, or one is no network.
+    """
+    if not isinstance(nets, (list, tuple)):
+        raise TypeError(f"nets is a {type(nets).__name__}; it must be a list of networks.")
+    if not nets:
+        raise ValueError("nets is empty; it must hold at least one network with LoRA.")
+    for net in nets:
+        check_network(net)
+    if len(set(nets)) < len(nets):
+        raise ValueError("nets holds one network twice; each must be a copy of its own: make it with copy.deepcopy(base).")
+    names = list(lora_layers(nets[0]))
+    if not names or any(list(lora_layers(net)) != names or not _same_base(net, nets[0]) for net in nets):
+        raise ValueError("The networks must be copies of one base, with LoRA on the same layers; make each with copy.deepcopy(base).")
+    for net in nets:
+        if any(parameter.requires_grad for parameter in _base(net).values()):
+            raise ValueError("A base is not frozen, and the networks share its computation; call freeze_base(net) for each first.")
+        if not any(adapter.applied for adapters in lora_layers(net).values() for adapter in adapters):
+            raise ValueError("LoRA is off in one of the networks; call set_lora_enabled(net, True) first.")
+        if not _is_plain(net):
+            raise ValueError(
+                "A network is no RichBoyNet as it was made, has a hook, or two adapters in use on one layer; train each by itself: train(net, dataset)."
+            )
+
+
+@torch.no_grad()
+def losses_and_gradients(nets: Sequence[RichBoyNet], images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of each of `nets`, and its gradients as `.grad` of every trainable A and B, as autograd leaves them but for rounding.
+
+    Without autograd's graph a step is quicker, and copies of one base share its large products. For a layer with input x,
+    s = α/r and output z = x Wᵀ + b + s (x Aᵀ) Bᵀ, the chain rule makes of D = ∂L/∂z
+
+        ∂L/∂B = Dᵀ s (x Aᵀ)      ∂L/∂A = (s D B)ᵀ x      ∂L/∂x = D W + (s D B) A
+
+    and begins, behind the last layer, with D = (softmax(z) − one-hot label) / images.
+
+    Args:
+        nets: such as `check_copies` lets pass.
+        images: a block of rows for each network, all of one length; N×1×28×28, N×784, or as `with_first_products` gives them.
+        labels: int64, N.
+
+    Returns:
+        len(nets) losses, each the mean over the network's own rows.
+
+    Source: Goodfellow, Bengio and Courville, Deep Learning (2016), section 6.5; Hu et al., arXiv 2106.09685, equation (3).
+    """
+    blocks = len(nets)
+    first, second, third = (_Layer([net.get_submodule(name) for net in nets]) for name in LAYERS)
+    x, product = images.flatten(start_dim=1), None
+    if x.shape[1] > first.in_features:
+        x, product = x.split((first.in_features, first.out_features), dim=1)
+        product = product.reshape(blocks, -1, first.out_features).clone()
+    x, labels = x.reshape(blocks, -1, first.in_features), labels.view(blocks, -1, 1)
+
+    hidden_1 = first.forward(x, product).relu_()
+    hidden_2 = second.forward(hidden_1).relu_()
+    log_probabilities = F.log_softmax(third.forward(hidden_2), dim=2)
+    losses = -log_probabilities.gather(2, labels).mean(dim=(1, 2))
+
+    D = log_probabilities.exp()
+    D.scatter_add_(2, labels, -torch.ones_like(labels, dtype=D.dtype)).div_(labels.shape[1])
+    third.set_gradients(D)
+    if second.adapted or first.adapted:
+        D = third.backward(D).mul_(hidden_2 > 0)
+        second.set_gradients(D)
+    if first.adapted:
+        first.set_gradients(second.backward(D).mul_(hidden_1 > 0))
+    return losses
+
+
+class _Layer:
+    """One layer of several copies of a network: one frozen weight, and everybody's adapter."""
+
+    def __init__(self, copies: list[nn.Linear]):
+        layer = copies[0]
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+        self.adapted = parametrize.is_parametrized(layer)
+        self.weight = layer.parametrizations.weight.original if self.adapted else layer.weight
+        self._groups, start = [], 0
+        if self.adapted:
+            adapters = [next(a for a in copy.parametrizations.weight if a.applied) for copy in copies]
+            for _, some in groupby(adapters, key=lambda adapter: len(adapter.lora_A)):
+                self._groups.append(_Neighbours(start, list(some)))
+                start = self._groups[-1].rows.stop
+
+    def forward(self, x: torch.Tensor, product: torch.Tensor | None = None) -> torch.Tensor:
+        z = frozen_linear(x.flatten(0, 1), self.weight, self.bias).view(*x.shape[:2], -1) if product is None else product
+        for group in self._groups:
+            group.add_update(z, x)
+        return z
+
+    def set_gradients(self, D: torch.Tensor) -> None:
+        for group in self._groups:
+            group.set_gradients(D)
+
+    def backward(self, D: torch.Tensor) -> torch.Tensor:
+        """∂L/∂x; `set_gradients` must have been called."""
+        gradient = frozen_backward(D.flatten(0, 1), self.weight).view(*D.shape[:2], -1)
+        for group in self._groups:
+            group.add_backwards(gradient)
+        return gradient
+
+
+class _Neighbours:
+    """The adapters on one layer of neighbouring networks, all of one rank r: n × r × in_features, n × out_features × r."""
+
+    def __init__(self, start: int, adapters: list[LoRAParametrization]):
+        self.rows, self._adapters = slice(start, start + len(adapters)), adapters
+        self._A, self._B = _stack([a.lora_A for a in adapters]), _stack([a.lora_B for a in adapters])
+        self._scale = self._B.new_tensor([a.scale for a in adapters]).view(-1, 1, 1)
+
+    def add_update(self, z: torch.Tensor, x: torch.Tensor) -> None:
+        self._x = x[self.rows]
+        self._inner = self._scale * (self._x @ self._A.mT)
+        z[self.rows].baddbmm_(self._inner, self._B.mT)
+
+    def set_gradients(self, D: torch.Tensor) -> None:
+        self._back = self._scale * (D[self.rows] @ self._B)
+        for adapter, for_A, for_B in zip(self._adapters, self._back.mT @ self._x, D[self.rows].mT @ self._inner):
+            for parameter, gradient in ((adapter.lora_A, for_A), (adapter.lora_B, for_B)):
+                if parameter.requires_grad:
+                    parameter.grad = gradient
+
+    def add_backwards(self, gradient: torch.Tensor) -> None:
+        gradient[self.rows].baddbmm_(self._back, self._A)
+
+
+def _is_plain(net: nn.Module) -> bool:
+    if type(net) is not RichBoyNet or "forward" in vars(net) or type(net.relu) is not nn.ReLU:
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
+    if any(getattr(part, name, None) for part in (*net.modules(), *net.parameters()) for name in hooks):
+        return False
+    adapted = lora_layers(net)
+    adapters = {id(p) for stack in adapted.values() for adapter in stack for p in adapter.parameters()}
+    layers = {name: net.get_submodule(name) for name in LAYERS}
+    return (
+        bool(adapted)
+        and all(has_only_lora(layer) if name in adapted else type(layer) is nn.Linear and "forward" not in vars(layer) for name, layer in layers.items())
+        and all(sum(adapter.applied for adapter in stack) == 1 for stack in adapted.values())
+        and all(p.is_contiguous() for p in net.parameters() if id(p) in adapters)
+    )
+
+
+def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    # One alone need not be copied.
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
+
+
+def _base(net: nn.Module) -> dict[str, torch.Tensor]:
+    lora = {id(p) for adapters in lora_layers(net).values() for adapter in adapters for p in adapter.parameters()}
+    return {name: tensor for name, tensor in (*net.named_parameters(), *net.named_buffers()) if id(tensor) not in lora}
+
+
+def _same_base(net: nn.Module, other: nn.Module) -> bool:
+    one, two = _base(net), _base(other)
+    return one.keys() == two.keys() and all(
+        (t.dtype, t.device) == (two[name].dtype, two[name].device) and torch.equal(t, two[name]) for name, t in one.items()
+    )
