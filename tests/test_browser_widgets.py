@@ -105,7 +105,6 @@ def lab(chromium, notebooks, tmp_path_factory):
         path.write_text(json.dumps(settings))
     home = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
     home |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces")}
-    home["OMP_WAIT_POLICY"] = "PASSIVE"  # Chromium needs the cores too: threads that wait must not spin
     options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token="]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(

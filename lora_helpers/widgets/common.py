@@ -13,6 +13,7 @@ import ipywidgets as widgets
 import traitlets
 
 from lora_helpers.plots import Picture
+from lora_helpers.widgets.main_thread import on_main_thread
 
 FIELD = {"layout": widgets.Layout(width="150px"), "style": {"description_width": "76px"}}
 
@@ -232,6 +233,7 @@ def tie(panel: Panel, trait: str, control: widgets.Widget) -> widgets.Widget:
     """
     inward, outward = type(getattr(panel, trait)), type(control.value)
 
+    @on_main_thread
     def move(change):
         try:
             value = inward(change.new)

@@ -12,6 +12,7 @@ from lora_helpers.data import MEAN, STD, as_tensors
 from lora_helpers.plots import AFTER, BEFORE
 from lora_helpers.widgets.common import FIELD, Panel, tie
 from lora_helpers.widgets.explorer import LoRAExplorer
+from lora_helpers.widgets.main_thread import on_main_thread
 from lora_helpers.widgets.pictures import LivePicture
 
 SIDE = 28  # pixels of an MNIST image
@@ -157,7 +158,7 @@ class DigitPad(Panel):
 
     def _button(self, name, tip, action) -> widgets.Button:
         button = widgets.Button(description=name, tooltip=tip, layout=widgets.Layout(width="auto"))
-        button.on_click(lambda _: action())
+        button.on_click(on_main_thread(lambda _: action()))
         return button
 
     def _first_repaired(self) -> int:
@@ -178,14 +179,15 @@ class DigitPad(Panel):
         layout = widgets.Layout(width=f"{CANVAS}px", height=f"{CANVAS}px", border="1px solid gray", flex="none")
         self.canvas = Canvas(width=CANVAS, height=CANVAS, layout=layout)
         self.canvas.line_width, self.canvas.line_cap, self.canvas.line_join = PEN * CANVAS / SIDE, "round", "round"
-        self.canvas.on_mouse_down(self._pen_down)
+        pen_down, pen_up = on_main_thread(self._pen_down), on_main_thread(self._pen_up)
+        self.canvas.on_mouse_down(pen_down)
         self.canvas.on_mouse_move(self._pen_move)
-        self.canvas.on_mouse_up(self._pen_up)
-        self.canvas.on_mouse_out(self._pen_up)
-        self.canvas.on_touch_start(lambda points: self._pen_down(*points[0]))
+        self.canvas.on_mouse_up(pen_up)
+        self.canvas.on_mouse_out(pen_up)
+        self.canvas.on_touch_start(lambda points: pen_down(*points[0]))
         self.canvas.on_touch_move(lambda points: self._pen_move(*points[0]))
-        self.canvas.on_touch_end(lambda points: self._pen_up())
-        self.canvas.on_touch_cancel(lambda points: self._pen_up())
+        self.canvas.on_touch_end(lambda points: pen_up())
+        self.canvas.on_touch_cancel(lambda points: pen_up())
 
     def _pen_down(self, x: float, y: float) -> None:
         with self._lock, self._trouble_shown():

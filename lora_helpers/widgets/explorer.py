@@ -13,6 +13,7 @@ from lora_helpers.finetuning import STOPS, FineTuner, FineTuning, Settings
 from lora_helpers.model import RichBoyNet
 from lora_helpers.widgets.common import FIELD, WRAP, Finite, Panel, paired, powers_of_two, stops, tie
 from lora_helpers.widgets.explorer_picture import ExplorerPicture, summarise
+from lora_helpers.widgets.main_thread import on_main_thread
 
 SHARES = (0.0, 0.1, 0.2, 0.5, 0.8)
 PRESETS = {
@@ -110,7 +111,7 @@ class LoRAExplorer(Panel):
         buttons = []
         for name, (settings, tip) in PRESETS.items():
             button = widgets.Button(description=name, tooltip=tip, layout=widgets.Layout(width="auto"))
-            button.on_click(lambda _, settings=settings: self.apply(settings))
+            button.on_click(on_main_thread(lambda _, settings=settings: self.apply(settings)))
             buttons.append(button)
         self.preset_buttons = dict(zip(PRESETS, buttons))
         return [
