@@ -20,7 +20,7 @@ def check_copies(nets: Sequence[nn.Module]) -> None:
     """Refuses what `losses_and_gradients` cannot compute together.
 
     Raises:
-        ValueError: there is no network, or one twice; they do not have LoRA on the same layers of the same base; a base is not
+        ValueError: there is no network, or one twice; two share an adapter, or one has none to train; they do not have LoRA on the same layers of the same base; a base is not
             frozen, LoRA is off, or a network is not as `RichBoyNet` makes it, with one adapter in use on each adapted layer and no hooks.
         TypeError: `nets` is no list, or one is no network.
     """
@@ -35,11 +35,16 @@ def check_copies(nets: Sequence[nn.Module]) -> None:
     names = list(lora_layers(nets[0]))
     if not names or any(list(lora_layers(net)) != names or not _same_base(net, nets[0]) for net in nets):
         raise ValueError("The networks must be copies of one base, with LoRA on the same layers; make each with copy.deepcopy(base).")
+    adapters = [id(p) for net in nets for found in lora_layers(net).values() for adapter in found for p in adapter.parameters()]
+    if len(set(adapters)) < len(adapters):
+        raise ValueError("Two of the networks share an adapter; make each a copy of its own, with copy.deepcopy(base), before add_lora.")
     for net in nets:
         if any(parameter.requires_grad for parameter in _base(net).values()):
             raise ValueError("A base is not frozen, and the networks share its computation; call freeze_base(net) for each first.")
         if not any(adapter.applied for adapters in lora_layers(net).values() for adapter in adapters):
             raise ValueError("LoRA is off in one of the networks; call set_lora_enabled(net, True) first.")
+        if not any(p.requires_grad for found in lora_layers(net).values() for adapter in found if adapter.applied for p in adapter.parameters()):
+            raise ValueError("A network has nothing to train: every parameter of the adapter in use is frozen; call freeze_base(net) for each first.")
         if not _is_plain(net):
             raise ValueError(
                 "A network is no RichBoyNet as it was made, has a hook, or two adapters in use on one layer; train each by itself: train(net, dataset)."

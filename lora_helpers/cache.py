@@ -62,9 +62,11 @@ def load_tensors(name: str, like: dict[str, torch.Tensor]) -> dict[str, torch.Te
     path = cache_folder() / f"{name}.safetensors"
     if not os.path.lexists(path):
         return None
+    read = None
     try:
         if not path.is_file():
             raise ValueError("it is no file")  # opening a named pipe would wait for ever
+        read = path.stat()
         tensors, metadata = parse_safetensors(path.read_bytes())
         if metadata.get("digest") != _digest(name, tensors):
             raise ValueError("its content is not what was saved")
@@ -76,7 +78,8 @@ def load_tensors(name: str, like: dict[str, torch.Tensor]) -> dict[str, torch.Te
     except FileNotFoundError:  # deleted in this moment
         return None
     except Exception as error:  # safetensors raises its own types as well as OSError
-        set_aside(path, error)
+        if read is None or _unchanged(path, read):  # else another kernel has put a new one there
+            set_aside(path, error)
         return None
 
 
@@ -128,6 +131,14 @@ def _keep(target: Path, write) -> None:
             path.replace(target)
     except Exception as error:  # a full disk reaches us as safetensors' own error
         warnings.warn(f"Not cached: {target} ({error}). The next notebook will make it again.", stacklevel=4)
+
+
+def _unchanged(path: Path, read: os.stat_result) -> bool:
+    try:
+        now = path.stat()
+    except OSError:
+        return False
+    return (now.st_ino, now.st_mtime_ns, now.st_size) == (read.st_ino, read.st_mtime_ns, read.st_size)
 
 
 def _outline(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:

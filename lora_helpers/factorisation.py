@@ -20,8 +20,8 @@ def factorised(net: nn.Module) -> Iterator[nn.Module]:
 
     This equals x (W + (α/r) · B A)ᵀ + b up to float rounding, and switches and named adapters are
     obeyed, but neither the sum W + ΔW nor a gradient of its size is ever made. The parametrization
-    stays registered. Layers with another parametrization beside LoRA, layers with a `forward` of their
-    own, and networks without LoRA compute as ever.
+    stays registered. Layers with another parametrization beside LoRA, layers or parametrizations with a
+    `forward` of their own or a hook on the parametrization, and networks without LoRA compute as ever.
 
     Raises:
         TypeError: `net` is no network.
@@ -79,7 +79,8 @@ def has_only_lora(layer: nn.Module) -> bool:
         and (type(layer).forward is nn.Linear.forward if own is None else getattr(own, "__func__", None) is _thin_forward)
         and parametrize.is_parametrized(layer, "weight")
         and not parametrize.is_parametrized(layer, "bias")
-        and all(isinstance(p, LoRAParametrization) for p in layer.parametrizations.weight)
+        and all(type(p) is LoRAParametrization and "forward" not in vars(p) for p in layer.parametrizations.weight)
+        and not any(p._forward_hooks or p._forward_pre_hooks for p in layer.parametrizations.weight)
     )
 
 

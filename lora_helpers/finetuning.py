@@ -176,8 +176,14 @@ class FineTuner:
     def train_ahead(self, wanted: Iterable[Settings], progress: Callable[[int, int], None] | None = None) -> None:
         """Trains those of `wanted` that are not remembered side by side, which is quicker than one after the other; `run` then finds them.
 
-        They may differ in rank and alpha alone. `progress` is as in `run`.
+        `progress` is as in `run`.
+
+        Raises:
+            ValueError: they differ in more than rank and alpha.
         """
+        wanted = list(wanted)
+        if len({replace(settings, rank=1, alpha=1) for settings in wanted}) > 1:
+            raise ValueError(f"Side by side, only rank and alpha may differ; given {wanted}.")
         with self._lock:
             missing = [settings for settings in wanted if not self._remembered(settings)]
             if not missing:
@@ -255,7 +261,8 @@ class FineTuner:
 
         keep(0)
         if length:
-            train(self._net, lesson, max_batches=length, seed=settings.seed, progress=False, after_batch=keep)
+            with torch.enable_grad():  # whatever a cell has set for the main thread
+                train(self._net, lesson, max_batches=length, seed=settings.seed, progress=False, after_batch=keep)
         self._remember(settings, training)
         return training
 

@@ -219,12 +219,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """A fine-tuning on one digit. `sizes[n][layer]` is ΔW after n batches; `wrong` counts that digit's wrong answers."""
+    """A fine-tuning on one digit. `sizes[n][layer]` is ΔW after n batches; `wrong` counts that digit's wrong answers, and
+    `called` is the share of all test images that are answered with it, 0 to 1."""
 
     setting: Setting
     sizes: dict[int, dict[str, Size]] = field(repr=False)
     wrong: int
     accuracy: float
+    called: float
     finite: bool = True  # False where training diverged
 
     @property
@@ -290,7 +292,8 @@ def sweep(
             for setting, net, size, own in zip(chunk, nets, sizes, losses):
                 with factorised(net):
                     result = count_answers(net, images, labels)
-                done[setting] = Run(setting, size, result.wrong_counts[digit], result.accuracy, math.isfinite(own[-1]))
+                called = (result.predictions == digit).float().mean().item()
+                done[setting] = Run(setting, size, result.wrong_counts[digit], result.accuracy, called, math.isfinite(own[-1]))
                 bar.update()
     return [replace(done[_essence(setting)], setting=setting) for setting in settings]
 
@@ -404,9 +407,9 @@ def twins_apart(
     η/c under Adam or η/c² under SGD. Without, roughly: scale c·s and rate η/c (Adam) or η/c² (SGD), A as it was.
     Adam's epsilon, `eps`, is as good as taken away, for it alone breaks the symmetry; PyTorch's default is 1e-8.
     """
-    exponent = {"Adam": 1, "SGD": 2}[optimizer]
+    exponent, usual = {"Adam": (1, 1e-3), "SGD": (2, 1e-2)}[optimizer]
     nines, updates = only_digit(mnist.train, digit), []
-    for scale, a_factor, lr in ((1.0, 1.0, 1e-3), (c * c if rescale_A else c, 1 / c if rescale_A else 1.0, 1e-3 / c**exponent)):
+    for scale, a_factor, lr in ((1.0, 1.0, usual), (c * c if rescale_A else c, 1 / c if rescale_A else 1.0, usual / c**exponent)):
         net = start_lora(base, Setting(rank=rank, alpha=scale)).double()
         adapters = _adapters(net).values()
         for adapter in adapters:

@@ -119,7 +119,7 @@ def plot_along(runs: Sequence[Run], layer: str = "linear2") -> Picture:
 
 
 def plot_terms(norms: Sequence[float], along: Sequence[float]) -> Picture:
-    """Partial sums of an adapter's rank-one terms: norm and part along a direction, each relative to the first value, log-log."""
+    """Partial sums of an adapter's rank-one terms: norm and part along a direction, each relative to the last value, log-log."""
     count = range(1, len(norms) + 1)
     alt = f"From 1 to {len(norms)} terms the norm grows {norms[-1] / norms[0]:.1f} times, the part along the direction {along[-1] / along[0]:.1f} times"
     figure = Picture(alt, figsize=(5.5, 3.2))

@@ -140,6 +140,13 @@ def change(what):
             for adapters in lora_layers(freeze_base(add_lora(net, rank=1, name="second"))).values():
                 for adapter in adapters:
                     adapter.active = True
+    elif what == "a shared adapter":
+        nets[1] = copy.copy(nets[0])
+    elif what == "nothing to train":
+        nets[1].requires_grad_(False)
+    elif what == "a parametrization of another kind":
+        adapter = nets[1].linear1.parametrizations.weight[0]
+        adapter.__class__ = type("Own", (type(adapter),), {})
     elif what == "another class":
         nets[1].__class__ = type("OwnNet", (RichBoyNet,), {})
     return nets
@@ -161,6 +168,9 @@ REFUSED = {
     "a forward of its own": "train each by itself",
     "another activation": "train each by itself",
     "LoRA twice": "train each by itself",
+    "a shared adapter": "share an adapter",
+    "nothing to train": "nothing to train",
+    "a parametrization of another kind": "train each by itself",
     "another class": "train each by itself",
 }
 

@@ -94,6 +94,24 @@ def test_a_damaged_file_is_set_aside_and_made_anew(folder, few, damage):
         assert same(base(few), first)
 
 
+def test_a_file_that_another_kernel_has_made_anew_is_left_in_place(folder, few, monkeypatch):
+    first = base(few)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    file.write_text("damage")
+    read = cache.parse_safetensors
+
+    def made_anew_meanwhile(content):
+        beside = folder / "new"
+        beside.write_bytes(whole)
+        beside.replace(file)
+        return read(content)
+
+    monkeypatch.setattr(cache, "parse_safetensors", made_anew_meanwhile)
+    assert same(base(few), first)
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"]
+
+
 def test_each_damaged_file_is_kept(folder, few):
     base(few)
     next(folder.iterdir()).write_text("damage")

@@ -123,6 +123,22 @@ def test_a_layer_with_a_forward_of_its_own_computes_as_ever(how):
     assert vars(net.linear2).get("forward") is own and torch.equal(net(images), before)
 
 
+@pytest.mark.parametrize("how", ["a class", "a forward", "a hook"])
+def test_a_parametrization_of_another_kind_computes_as_ever(how):
+    net = adapted(2, 1)
+    adapter = net.linear2.parametrizations.weight[0]
+    if how == "a class":
+        adapter.__class__ = type("Doubled", (type(adapter),), {"forward": lambda self, weight: weight + 2 * self.delta})
+    elif how == "a forward":
+        adapter.forward = lambda weight: weight + 2 * adapter.delta
+    else:
+        adapter.register_forward_hook(lambda module, inputs, output: 2 * output)
+    images = torch.randn(6, 784)
+    before = net(images)
+    with factorised(net):
+        assert torch.allclose(net(images), before, rtol=1e-4, atol=1e-2) and "forward" not in vars(net.linear2)
+
+
 def test_blocks_may_be_nested():
     net = adapted(2, 1)
     with factorised(net):

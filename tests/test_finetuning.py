@@ -83,6 +83,19 @@ def test_trained_ahead_is_as_trained_alone(base, mnist):
     assert not done
 
 
+def test_trained_ahead_are_twins_only(base, mnist):
+    tuner = FineTuner(base, mnist)
+    with pytest.raises(ValueError, match="only rank and alpha may differ"):
+        tuner.train_ahead([Settings(batches=5), Settings(batches=5, seed=1)])
+    assert not tuner._memory
+
+
+def test_a_cell_that_turned_gradients_off_is_no_hindrance(base, mnist):
+    with torch.no_grad():
+        result, origin = FineTuner(base, mnist).run(Settings(batches=5))
+    assert origin == "just trained" and result.norms["linear2"] > 0
+
+
 def test_the_share_of_others_is_exact(mnist):
     for share, others in ((0, 0), (0.1, 33), (0.5, 300), (0.8, 1200)):
         images, labels = finetuning._lesson(mnist.train, Settings(share=share)).tensors

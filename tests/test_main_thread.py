@@ -4,8 +4,10 @@ import threading
 import time
 
 import pytest
+import torch
 from tornado.ioloop import IOLoop
 
+from lora_helpers import LoRAExplorer, RichBoyNet, load_mnist
 from lora_helpers.widgets import main_thread
 from lora_helpers.widgets.main_thread import on_main_thread
 
@@ -13,6 +15,7 @@ from lora_helpers.widgets.main_thread import on_main_thread
 @pytest.fixture
 def loop(monkeypatch):
     loop = IOLoop(make_current=False)
+    monkeypatch.setattr(main_thread, "PATIENCE", 0.2)  # the loop may start late beside other tests
     monkeypatch.setattr(main_thread, "_main_loop", lambda: loop)
     yield loop
     loop.close(all_fds=True)
@@ -70,10 +73,46 @@ def test_what_it_returns_or_raises_comes_back(loop, main_is_free):
 
 def test_a_long_computation_on_the_main_thread_is_waited_for(loop):
     def work():
-        time.sleep(10 * main_thread.PATIENCE)
+        time.sleep(2 * main_thread.PATIENCE)
         return where()
 
     assert move(loop, work)[0] is threading.main_thread()
+
+
+@pytest.mark.parametrize("main_is_free", [True, False])
+def test_a_move_within_a_move_is_part_of_it(loop, main_is_free):
+    """Else the inner one would wait, on another thread, for a lock that the outer one holds."""
+    lock = threading.RLock()
+
+    def inner():
+        with lock:
+            return where()
+
+    def outer():
+        with lock:
+            return where(), on_main_thread(inner)()
+
+    (place, within), _ = move(loop, outer, main_is_free=main_is_free)
+    assert place is within
+
+
+def test_a_preset_and_a_cell_that_moves_the_same_control_do_not_wait_for_each_other(loop):
+    mnist = load_mnist()
+    torch.manual_seed(0)
+    explorer = LoRAExplorer(RichBoyNet(30, 40), mnist, rank=2, batches=10)
+    finished = []
+
+    def press():
+        for preset in list(explorer.preset_buttons.values()):
+            preset.click()
+        finished.append(True)
+
+    thread = threading.Thread(target=press, daemon=True)
+    thread.start()
+    for batches in 20 * (0, 5, 10):  # as a cell does, while the loop of the main thread stands still
+        explorer.batches = batches
+    thread.join(60)
+    assert finished and not explorer.status and explorer.result.settings == explorer.settings
 
 
 def test_on_the_main_thread_and_without_a_kernel_it_is_just_called(loop, monkeypatch):

@@ -109,6 +109,16 @@ def test_the_pen(explorer):
     assert "nothing drawn yet" in pad.summary and not pad.base.any() and not pad.status
 
 
+def test_a_test_image_that_is_not_there_is_named(explorer):
+    pad = DigitPad(explorer, index=3)
+    for index in (-2, 2000):
+        with pytest.raises(TraitError, match="0 to 1999"):
+            pad.index = index
+        with pytest.raises(TraitError, match="0 to 1999"):
+            DigitPad(explorer, index=index)
+    assert pad.index == 3 and "test image 3" in pad.summary
+
+
 def test_a_broken_pen_is_seen(explorer, monkeypatch):
     pad = DigitPad(explorer)
     with monkeypatch.context() as patch:

@@ -15,7 +15,11 @@ from torch.nn.utils import parametrize, parametrizations, prune
 from torch.utils.data import TensorDataset
 
 from lora_helpers import (
+    DigitPad,
     ParametrizationInspector,
+    PredictChoice,
+    PredictRanking,
+    Question,
     Quiz,
     LoRAParametrization,
     RichBoyNet,
@@ -455,6 +459,12 @@ OTHERS = {
     "a quiz of nothing": (lambda: Quiz([]), "at least one Question"),
     "a quiz of numbers": (lambda: Quiz(3), "it must be a list"),
     "an inspector of a number": (lambda: ParametrizationInspector(3), "it must be an nn.Linear"),
+    "an inspector of float64": (lambda: ParametrizationInspector(torch.nn.Linear(8, 6).double()), "call layer.float()"),
+    "a pad without an explorer": (lambda: DigitPad(5), "must be a LoRAExplorer"),
+    "a choice of nothing": (lambda: PredictChoice("?", []), "at least one choice"),
+    "a choice of a number": (lambda: PredictChoice("?", 5), "must be a list"),
+    "seven places": (lambda: PredictRanking("?", list("abcdefg")), "at most"),
+    "a question without replies": (lambda: Question("?", "a", None), "must be a dict"),
     "an inspector of an adapted layer": (lambda: ParametrizationInspector(add_lora(torch.nn.Linear(8, 6))), "as it was made"),
     "a look that is no bool": (lambda: projector_mode("large"), "True or False"),
 }

@@ -264,7 +264,7 @@ def test_unknown_words_are_refused(base, mnist, field, value):
 
 def test_gaps_in_a_grid_are_between_a_higher_alpha_and_a_higher_rate():
     right = {(1, 0.1): 0.9, (1, 0.2): 0.8, (1, 0.4): 0.5, (2, 0.1): 0.7, (2, 0.2): 0.6, (2, 0.4): 0.1}
-    runs = [scaling.Run(Setting(alpha=alpha, lr=lr), {}, 0, accuracy, finite=lr < 0.4) for (alpha, lr), accuracy in right.items()]
+    runs = [scaling.Run(Setting(alpha=alpha, lr=lr), {}, 0, accuracy, 0.0, finite=lr < 0.4) for (alpha, lr), accuracy in right.items()]
     assert scaling.accuracy_gaps(runs, 1) == [pytest.approx(0.8 - 0.7)]  # (2, 0.1) and (1, 0.2); that of (2, 0.2) and (1, 0.4) diverged
     assert scaling.accuracy_gaps([replace(run, finite=True) for run in runs], 2) == [pytest.approx(0.7 - 0.5)]
 

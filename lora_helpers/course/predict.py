@@ -145,7 +145,7 @@ class PredictChoice(Prediction):
     """A guess among a few choices."""
 
     def __init__(self, question: str, options: list[str]):
-        self._options = list(options)
+        self._options = _listed("options", options)
         self.radio = widgets.RadioButtons(options=options, value=None, layout=widgets.Layout(width="auto"), tooltip=question)
         super().__init__(question, [self.radio])
 
@@ -160,7 +160,9 @@ class PredictRanking(Prediction):
     """A guess of an order: one field for each place."""
 
     def __init__(self, question: str, items: list[str]):
-        self._items = [str(item) for item in items]
+        self._items = [str(item) for item in _listed("items", items)]
+        if len(self._items) > len(_ORDINALS):
+            raise ValueError(f"items holds {len(self._items)}; a ranking has at most {len(_ORDINALS)} places.")
         self.places = [
             widgets.Dropdown(
                 options=[("choose…", None), *((item, item) for item in self._items)], value=None, description=place,
@@ -193,6 +195,12 @@ class PredictRanking(Prediction):
 
     def _choices(self) -> str:
         return f"<p>Put in order: {html.escape(', '.join(self._items))}.</p>"
+
+
+def _listed(name: str, choices: list[str]) -> list[str]:
+    if not isinstance(choices, (list, tuple)) or not choices:
+        raise TypeError(f"{name} is {choices!r}; it must be a list of at least one choice, such as ['yes', 'no'].")
+    return list(choices)
 
 
 class Revealed:

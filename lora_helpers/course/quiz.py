@@ -16,6 +16,8 @@ class Question:
     replies: dict[str, str]
 
     def __post_init__(self):
+        if not isinstance(self.replies, dict):
+            raise TypeError(f"replies is {self.replies!r}; it must be a dict that gives each choice its reply.")
         if self.right not in self.replies:
             raise ValueError(f"The right choice {self.right!r} is not among {list(self.replies)}.")
 

@@ -1,10 +1,12 @@
 """Notebook 5, Your turn: its exercises and its quiz."""
 
 import torch
+from torch.utils.data import TensorDataset
 
 from lora_helpers.checks import check_whole
 from lora_helpers.course.exercise import LearnerError, Uncheckable, Wrong, call, compare, exercise, need_tensor, numbers, same
 from lora_helpers.course.quiz import Question, Quiz
+from lora_helpers.data import as_tensors
 from lora_helpers.finetuning import Settings
 from lora_helpers.training import Evaluation
 
@@ -16,6 +18,14 @@ def check_settings(digit: int, budget: int, batches: int, share: float) -> None:
     Settings(digit=digit, batches=batches, share=share)
     check_whole("batches", batches)
     check_whole("budget", budget)
+
+
+def halves(dataset: TensorDataset) -> tuple[TensorDataset, TensorDataset]:
+    """`dataset` in two parts: of each digit every other image, and those between."""
+    images, labels = as_tensors(dataset)
+    places = [(labels == digit).nonzero()[:, 0] for digit in range(10)]
+    parts = (torch.cat([found[start::2] for found in places]) for start in (0, 1))
+    return tuple(TensorDataset(images[part], labels[part]) for part in parts)
 
 
 def fair_score(result: Evaluation, digit: int) -> float:

@@ -115,11 +115,16 @@ class DigitPad(Panel):
 
     Traits: `index`, the test image shown, or -1 for the drawing. `image` is what the networks see, 1×28×28;
     `base` and `adapted` are the ten probabilities.
+
+    Raises:
+        TypeError: `explorer` is no `LoRAExplorer`. TraitError: there is no such test image.
     """
 
     index = traitlets.Int(0)
 
     def __init__(self, explorer: LoRAExplorer, index: int | None = None):
+        if not isinstance(explorer, LoRAExplorer):
+            raise TypeError(f"explorer is a {type(explorer).__name__}; it must be a LoRAExplorer, whose networks the pad asks.")
         self._explorer = explorer
         self._images, self._labels = as_tensors(explorer.tuner.mnist.test)
         self._strokes: list[list[tuple[float, float]]] = []
@@ -144,6 +149,13 @@ class DigitPad(Panel):
         self._follow("index")
         explorer.attach(self._update)
         self._update()  # the explorer may have moved just before
+
+    @traitlets.validate("index")
+    def _check_index(self, proposal):
+        last = len(self._images) - 1
+        if not -1 <= proposal.value <= last:
+            raise traitlets.TraitError(f"index is {proposal.value}; it must be -1 (your drawing) or a test image, 0 to {last}.")
+        return proposal.value
 
     def draw(self, strokes: Sequence[Stroke]) -> None:
         """Shows `strokes`, points (x, y) on a canvas of 280×280, as if drawn by hand."""

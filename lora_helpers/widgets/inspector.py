@@ -48,7 +48,11 @@ def inspect(layer: nn.Linear, *, rank: int = 1, alpha: float = 1, steps: int = 5
         layer: in_features and out_features of at least `rank`.
         rank, alpha: as in `add_lora`. steps: from 0, at which B is still zero. seed: of the task and of A.
     """
-    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad():  # whatever a cell has set for the main thread
+        return _inspect(layer, rank, alpha, steps, torch.Generator().manual_seed(seed))
+
+
+def _inspect(layer: nn.Linear, rank: int, alpha: float, steps: int, generator: torch.Generator) -> Inspection:
     inputs = torch.randn(64, layer.in_features, generator=generator)
     targets = F.linear(inputs, torch.randn(layer.weight.shape, generator=generator))
     net = nn.Sequential(copy.deepcopy(layer))
@@ -125,7 +129,7 @@ class ParametrizationInspector(Panel):
     `result` is the `Inspection` shown. A `layer` of one's own may have up to 8 inputs and 8 outputs, and at least 4.
 
     Raises:
-        ValueError: `layer` is too large to be drawn, or too small. TypeError: it is no plain `nn.Linear`.
+        ValueError: `layer` is too large to be drawn, or too small. TypeError: it is no plain `nn.Linear` of float32.
     """
 
     rank = traitlets.Int(1, min=1, max=MAX_RANK)
@@ -141,6 +145,8 @@ class ParametrizationInspector(Panel):
                 layer = nn.Linear(8, 6)
         if type(layer) is not nn.Linear:
             raise TypeError(f"layer is a {type(layer).__name__}; it must be an nn.Linear as it was made, such as nn.Linear(8, 6).")
+        if layer.weight.dtype != torch.float32:
+            raise TypeError(f"layer holds {layer.weight.dtype}; it must hold torch.float32: call layer.float() first.")
         if not all(MAX_RANK <= side <= 8 for side in layer.weight.shape):
             raise ValueError(f"The weight is {tuple(layer.weight.shape)}; both sides must be {MAX_RANK} to 8 for its numbers to be read.")
         self._layer = copy.deepcopy(layer)

@@ -22,7 +22,8 @@ def on_main_thread(callback: Callable) -> Callable:
     @wraps(callback)
     def call(*args):
         loop = _main_loop()
-        if loop is None or current_thread() is main_thread():
+        # A move that another one makes is part of it: handed on, it would wait for locks that the first one holds.
+        if loop is None or current_thread() is main_thread() or isinstance(current_thread(), _OwnThread):
             return callback(*args)
         offered, begun = Future(), Event()
 
@@ -36,12 +37,16 @@ def on_main_thread(callback: Callable) -> Callable:
         if not offered.cancel():
             return offered.result()
         done = Future()
-        thread = Thread(target=copy_context().run, args=(_fulfil, done, callback, args))  # messages find their parent in the context
+        thread = _OwnThread(target=copy_context().run, args=(_fulfil, done, callback, args))  # messages find their parent in the context
         thread.start()
         thread.join()
         return done.result()
 
     return call
+
+
+class _OwnThread(Thread):
+    """Lives for one move."""
 
 
 def _main_loop():
