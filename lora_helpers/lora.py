@@ -131,7 +131,11 @@ def lora_layers(net: nn.Module) -> dict[str, list[LoRAParametrization]]:
 
 
 def count_parameters(net: nn.Module) -> ParameterCount:
-    """Counts base and LoRA parameters apart; a tensor used in two places counts once."""
+    """Counts base and LoRA parameters apart; a tensor used in two places counts once.
+
+    Raises:
+        TypeError: `net` is no `torch.nn.Module`.
+    """
     lora = {id(p) for p in _lora_parameters(net)}
     sizes = [(id(p) in lora, p.requires_grad, p.numel()) for p in net.parameters()]
     return ParameterCount(
@@ -255,6 +259,8 @@ def freeze_base(net: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: `net` has no LoRA, or none in use (freezing would leave nothing to train).
+
+    Source: Hu et al., arXiv 2106.09685, section 4.1: W is frozen, A and B are trained.
     """
     trained = {id(p) for adapter in _require_lora(net) if adapter.active for p in adapter.parameters()}
     if not trained:
@@ -308,6 +314,9 @@ def merge_lora(net: nn.Module) -> nn.Module:
     Raises:
         ValueError: `net` has no LoRA; LoRA is off or an adapter is not in use (merging would
             discard it); a weight carries another parametrization, or would not be finite. Nothing is changed then.
+
+    Source: Hu et al., arXiv 2106.09685, section 4.1, "No additional inference latency";
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.parametrize.remove_parametrizations.html
     """
     adapters = _require_lora(net)
     if not all(adapter.enabled for adapter in adapters):

@@ -376,7 +376,13 @@ def run_notebook(path, env, until=None):
     if until:
         last = next(place for place, cell in enumerate(notebook.cells) if until in cell.source and cell.cell_type == "code")
         del notebook.cells[last + 1 :]
-    watch = "import resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    # On Linux a new process inherits the peak that getrusage gives from the one that made it; VmHWM is its own.
+    watch = """
+from pathlib import Path
+import resource
+status = Path("/proc/self/status")
+peaks = [int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.exists() else []
+print((peaks or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss])[0] / 1024)"""
     notebook.cells.append(nbformat.v4.new_code_cell(watch))
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": path.parent}})
     start = time.perf_counter()

@@ -5,6 +5,7 @@ Hypothesis (hypothesis.works) draws them, always the same ones; its cases are sm
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -179,6 +180,31 @@ def test_moved_to_another_dtype_it_is_still_one_network_and_trains(case, dtype, 
     moved = [not torch.equal(p, q) for p, q in zip(before, (p for p in net.parameters() if p.requires_grad))]
     assert any(moved) is on
     assert same_bits(remove_lora(net), base.to(dtype))
+
+
+def test_moved_to_another_device_all_of_it_moves():
+    """PyTorch's device without memory stands for a GPU: what stayed behind would not go together with the rest there."""
+    net = freeze_base(add_lora(RichBoyNet(8, 9), rank=2))
+    names, trainable = list(net.state_dict()), [p.requires_grad for p in net.parameters()]
+    net.to("meta")
+    assert {t.device.type for t in (*net.parameters(), *net.buffers())} == {"meta"}
+    assert list(net.state_dict()) == names and [p.requires_grad for p in net.parameters()] == trainable
+    x = torch.zeros(3, 784, device="meta")
+    for computing in (nullcontext(net), factorised(net), lora_disabled(net)):
+        with computing:
+            assert net(x).device.type == "meta" and net(x).shape == (3, 10)
+    added = add_lora(RichBoyNet(8, 9).to("meta"), rank=2)
+    assert {p.device.type for p in added.parameters()} == {"meta"}, "made where the weight is"
+    assert {p.device.type for p in merge_lora_of_zeros(net).parameters()} == {"cpu"}
+
+
+def merge_lora_of_zeros(net):
+    """`net`, back from the device without memory, where it lost its values."""
+    net = net.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    return merge_lora(net)
 
 
 @given(adapted())
