@@ -157,20 +157,23 @@ class PredictChoice(Prediction):
 
 
 class PredictRanking(Prediction):
-    """A guess of an order: one field for each place."""
+    """A guess of an order: one column of choices for each place.
+
+    Raises:
+        TypeError: `items` is no list. ValueError: it holds more than there are places.
+    """
 
     def __init__(self, question: str, items: list[str]):
         self._items = [str(item) for item in _listed("items", items)]
         if len(self._items) > len(_ORDINALS):
             raise ValueError(f"items holds {len(self._items)}; a ranking has at most {len(_ORDINALS)} places.")
+        # Not menus: JupyterLab keeps their arrow keys to itself.
         self.places = [
-            widgets.Dropdown(
-                options=[("choose…", None), *((item, item) for item in self._items)], value=None, description=place,
-                tooltip=f"{question} {place}", layout=widgets.Layout(width="auto", max_width="40em"),
-            )
+            widgets.RadioButtons(options=self._items, value=None, tooltip=f"{question} {place}", layout=widgets.Layout(width="auto"))
             for place, _ in zip(_ORDINALS, self._items)
-        ]  # fmt: skip
-        super().__init__(question, self.places)
+        ]
+        columns = [widgets.VBox([widgets.Label(place), choice]) for place, choice in zip(_ORDINALS, self.places)]
+        super().__init__(question, self.places, widgets.HBox(columns))
 
     def _read(self):
         order = tuple(place.value for place in self.places)

@@ -86,12 +86,9 @@ class ScalingLab(Panel):
         self.rank_field = widgets.Dropdown(options=RANKS, value=self.rank, description="rank r", tooltip=rank_tip, **FIELD)
         self.alpha_slider = powers_of_two(-4, 6, self.alpha, alpha_tip)
         self.alpha_field = widgets.BoundedFloatText(self.alpha, min=1 / 16, max=64, step=0.25, description="α", tooltip=alpha_tip, **FIELD)
-        self.rule_field = widgets.Dropdown(
-            options=list(RULES), value=self.rule, description="scale", tooltip="what BA is multiplied by; none: α at every rank", **FIELD
-        )
-        self.layer_field = widgets.Dropdown(
-            options=["linear1", "linear2", "linear3"], value=self.layer, description="layer", tooltip="whose ΔW is measured", **FIELD
-        )
+        # Buttons, for JupyterLab keeps arrow keys in a menu to itself: they go to the next cell.
+        self.rule_field = _choice("scale", list(RULES), self.rule, ["α at every rank", "as in LoRA", "as in rsLoRA"])
+        self.layer_field = _choice("layer", ["linear1", "linear2", "linear3"], self.layer, 3 * ["whose ΔW is measured"])
         self._progress = widgets.IntProgress(description="training", layout=widgets.Layout(width="190px", visibility="hidden"))
         row = [
             paired(self, "rank", self.rank_field, self.rank_slider),
@@ -130,6 +127,12 @@ class ScalingLab(Panel):
 
     def _draw(self) -> ScalingPicture:
         return ScalingPicture(caption=True).update(*self._arguments)
+
+
+def _choice(name: str, options: list[str], value: str, tooltips: list[str]) -> widgets.ToggleButtons:
+    return widgets.ToggleButtons(
+        options=options, value=value, description=name, tooltips=tooltips, style={"button_width": "62px", "description_width": "50px"}
+    )
 
 
 def _wrong_shares(result: FineTuning) -> tuple[float, float]:
