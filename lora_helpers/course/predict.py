@@ -26,7 +26,7 @@ class Prediction(widgets.VBox):
 
     def __init__(self, question: str, controls: list[widgets.Widget], box: widgets.Widget | None = None):
         self.question, self._controls = question, controls
-        self.button = widgets.Button(description="Keep this guess", tooltip="Keep this guess, then run the next cell")
+        self.button = widgets.Button(description="Keep this guess", tooltip="Keep this guess, then run the next cell", layout=widgets.Layout(width="auto"))
         self._status = widgets.HTML()
         self.button.on_click(self._keep)
         for control in controls:
@@ -172,7 +172,8 @@ class PredictRanking(Prediction):
             widgets.RadioButtons(options=self._items, value=None, tooltip=f"{question} {place}", layout=widgets.Layout(width="auto"))
             for place, _ in zip(_ORDINALS, self._items)
         ]
-        columns = [widgets.VBox([widgets.Label(place), choice]) for place, choice in zip(_ORDINALS, self.places)]
+        apart = widgets.Layout(margin="0 1.5em 0 0")
+        columns = [widgets.VBox([widgets.Label(place), choice], layout=apart) for place, choice in zip(_ORDINALS, self.places)]
         super().__init__(question, self.places, widgets.HBox(columns))
 
     def _read(self):

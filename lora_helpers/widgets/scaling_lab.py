@@ -131,7 +131,7 @@ class ScalingLab(Panel):
 
 def _choice(name: str, options: list[str], value: str, tooltips: list[str]) -> widgets.ToggleButtons:
     return widgets.ToggleButtons(
-        options=options, value=value, description=name, tooltips=tooltips, style={"button_width": "62px", "description_width": "50px"}
+        options=options, value=value, description=name, tooltips=tooltips, style={"button_width": "auto", "description_width": "auto"}
     )
 
 
