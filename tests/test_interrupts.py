@@ -325,7 +325,12 @@ def followed(trained, mnist):
 
 
 @pytest.mark.parametrize(
-    "move, settings, enabled", [(by_code, Settings(rank=3), True), (by_apply, Settings(rank=3, alpha=2), True), (by_the_switch, Settings(), False)]
+    "move, settings, enabled",
+    [
+        (by_code, Settings(rank=3), True),
+        pytest.param(by_apply, Settings(rank=3, alpha=2), True, marks=pytest.mark.slow),
+        pytest.param(by_the_switch, Settings(), False, marks=pytest.mark.slow),
+    ],
 )
 def test_at_each_line_of_the_explorer_and_its_pad(followed, move, settings, enabled):
     """From the first line of a move to its last, the first and the last time that each is run."""
