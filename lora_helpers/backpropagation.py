@@ -10,18 +10,17 @@ from torch.nn.utils import parametrize
 
 from lora_helpers.checks import check_network
 from lora_helpers.factorisation import frozen_backward, frozen_linear, has_only_lora
-from lora_helpers.lora import LoRAParametrization, lora_layers
-from lora_helpers.model import RichBoyNet
-
-LAYERS = ("linear1", "linear2", "linear3")
+from lora_helpers.lora import LoRAParametrization, lora_layers, lora_parameters
+from lora_helpers.model import LAYERS, RichBoyNet
 
 
 def check_copies(nets: Sequence[nn.Module]) -> None:
     """Refuses what `losses_and_gradients` cannot compute together.
 
     Raises:
-        ValueError: there is no network, or one twice; two share an adapter, or one has none to train; they do not have LoRA on the same layers of the same base; a base is not
-            frozen, LoRA is off, or a network is not as `RichBoyNet` makes it, with one adapter in use on each adapted layer and no hooks.
+        ValueError: there is no network, or one twice; two share an adapter, or one has none to train; they do not have LoRA on the
+            same layers of the same base; a base is not frozen, LoRA is off, or a network is not as `RichBoyNet` makes it, with one
+            adapter in use on each adapted layer and no hooks.
         TypeError: `nets` is no list, or one is no network.
     """
     if not isinstance(nets, (list, tuple)):
@@ -35,8 +34,8 @@ def check_copies(nets: Sequence[nn.Module]) -> None:
     names = list(lora_layers(nets[0]))
     if not names or any(list(lora_layers(net)) != names or not _same_base(net, nets[0]) for net in nets):
         raise ValueError("The networks must be copies of one base, with LoRA on the same layers; make each with copy.deepcopy(base).")
-    adapters = [id(p) for net in nets for found in lora_layers(net).values() for adapter in found for p in adapter.parameters()]
-    if len(set(adapters)) < len(adapters):
+    parameters = [id(p) for net in nets for p in lora_parameters(net)]
+    if len(set(parameters)) < len(parameters):
         raise ValueError("Two of the networks share an adapter; make each a copy of its own, with copy.deepcopy(base), before add_lora.")
     for net in nets:
         if any(parameter.requires_grad for parameter in _base(net).values()):
@@ -160,13 +159,11 @@ def _is_plain(net: nn.Module) -> bool:
     if any(getattr(part, name, None) for part in (*net.modules(), *net.parameters()) for name in hooks):
         return False
     adapted = lora_layers(net)
-    adapters = {id(p) for stack in adapted.values() for adapter in stack for p in adapter.parameters()}
     layers = {name: net.get_submodule(name) for name in LAYERS}
     return (
-        bool(adapted)
-        and all(has_only_lora(layer) if name in adapted else type(layer) is nn.Linear and "forward" not in vars(layer) for name, layer in layers.items())
+        all(has_only_lora(layer) if name in adapted else type(layer) is nn.Linear and "forward" not in vars(layer) for name, layer in layers.items())
         and all(sum(adapter.applied for adapter in stack) == 1 for stack in adapted.values())
-        and all(p.is_contiguous() for p in net.parameters() if id(p) in adapters)
+        and all(p.is_contiguous() for p in lora_parameters(net))
     )
 
 
@@ -176,7 +173,7 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _base(net: nn.Module) -> dict[str, torch.Tensor]:
-    lora = {id(p) for adapters in lora_layers(net).values() for adapter in adapters for p in adapter.parameters()}
+    lora = {id(p) for p in lora_parameters(net)}
     return {name: tensor for name, tensor in (*net.named_parameters(), *net.named_buffers()) if id(tensor) not in lora}
 
 

@@ -136,7 +136,7 @@ def count_parameters(net: nn.Module) -> ParameterCount:
     Raises:
         TypeError: `net` is no `torch.nn.Module`.
     """
-    lora = {id(p) for p in _lora_parameters(net)}
+    lora = {id(p) for p in lora_parameters(net)}
     sizes = [(id(p) in lora, p.requires_grad, p.numel()) for p in net.parameters()]
     return ParameterCount(
         base=sum(n for is_lora, _, n in sizes if not is_lora),
@@ -398,7 +398,8 @@ def _give_own_class(layer: nn.Module) -> None:
     layer.__class__ = type(shared.__name__, shared.__bases__, body)
 
 
-def _lora_parameters(net: nn.Module) -> list[nn.Parameter]:
+def lora_parameters(net: nn.Module) -> list[nn.Parameter]:
+    """A and B of all adapters of `net`."""
     return [p for adapters in lora_layers(net).values() for adapter in adapters for p in adapter.parameters()]
 
 

@@ -6,6 +6,9 @@ from torch import nn
 from lora_helpers.checks import check_whole
 
 
+LAYERS = ("linear1", "linear2", "linear3")  # those that hold weights
+
+
 class RichBoyNet(nn.Module):
     """An MLP for MNIST, 784 → hidden_size_1 → hidden_size_2 → 10, with ReLU between.
 

@@ -26,7 +26,7 @@ from lora_helpers.backpropagation import losses_and_gradients
 from lora_helpers.data import Mnist, as_tensors, load_mnist, only_digit
 from lora_helpers.factorisation import factorised, with_first_products
 from lora_helpers.lora import LoRAParametrization, add_lora, count_parameters, freeze_base, frozen_twin, lora_layers
-from lora_helpers.model import RichBoyNet
+from lora_helpers.model import LAYERS as WEIGHTS, RichBoyNet
 from lora_helpers.training import count_answers, evaluate, make_optimizer, pretrained_base, train
 
 # The factor on B A as the rank grows: none, that of rsLoRA, that of LoRA. All agree at rank 1.
@@ -35,7 +35,6 @@ OPTIMIZERS = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
 STARTS = {"normal": "A ~ N(0, 1)", "kaiming": "A ~ Kaiming-uniform"}
 ALPHAS, FACTORS = (0.25, 1, 4, 16), (1 / 16, 1 / 4, 1, 4)  # of the grid; the factors are on the usual learning rates
 TOGETHER = 16  # adapters trained side by side, at most
-WEIGHTS = ("linear1", "linear2", "linear3")
 
 
 def alpha_for(rule: str, rank: int, strength: float = 1.0) -> float:

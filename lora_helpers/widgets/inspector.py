@@ -37,6 +37,7 @@ class Inspection:
     loss: float
 
 
+@torch.enable_grad()  # whatever a cell has set for the main thread
 def inspect(layer: nn.Linear, *, rank: int = 1, alpha: float = 1, steps: int = 50, seed: int = 0) -> Inspection:
     """Adds LoRA to a copy of `layer`, trains A and B on a small task, and returns all tensors; `layer` is left alone.
 
@@ -48,11 +49,7 @@ def inspect(layer: nn.Linear, *, rank: int = 1, alpha: float = 1, steps: int = 5
         layer: in_features and out_features of at least `rank`.
         rank, alpha: as in `add_lora`. steps: from 0, at which B is still zero. seed: of the task and of A.
     """
-    with torch.enable_grad():  # whatever a cell has set for the main thread
-        return _inspect(layer, rank, alpha, steps, torch.Generator().manual_seed(seed))
-
-
-def _inspect(layer: nn.Linear, rank: int, alpha: float, steps: int, generator: torch.Generator) -> Inspection:
+    generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(64, layer.in_features, generator=generator)
     targets = F.linear(inputs, torch.randn(layer.weight.shape, generator=generator))
     net = nn.Sequential(copy.deepcopy(layer))
