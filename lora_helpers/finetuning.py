@@ -144,7 +144,7 @@ class FineTuner:
         self._net = copy.deepcopy(base)
         self._copies = {name: p.detach().clone() for name, p in base.named_parameters()}
         self._off = evaluate(self._net, mnist.test)
-        self._probe = self._like_the_net(as_tensors(mnist.test)[0][:: max(1, len(mnist.test) // 200)])
+        self._probe = self._like_the_net(as_tensors(mnist.test)[0][:: max(1, len(mnist.test) // 50)])
         with torch.no_grad():
             self._probe_logits = self._net(self._probe)
         self._test_images: torch.Tensor | None = None  # with their products of the first layer, which is frozen
@@ -201,7 +201,7 @@ class FineTuner:
         """Four claims about the network at `settings`, each computed now from its tensors.
 
         The base's weights and biases equal the copies taken at the start (`torch.equal`). With LoRA off, the logits
-        of some 200 test images equal the base's to the bit; with B = 0 they do so too, LoRA being on. And ΔW has
+        of some 50 test images equal the base's to the bit; with B = 0 they do so too, LoRA being on. And ΔW has
         at most rank r: the product of ΔW with r + 5 random columns has the rank of ΔW, or r + 5 if that is more
         (Halko, Martinsson and Tropp, arXiv 0909.4061, section 1.5).
         """

@@ -460,25 +460,28 @@ def learning_curves(base: nn.Module, mnist: Mnist, settings: Iterable[Setting], 
             bar.update()
 
         losses = _train_together(nets, distinct, mnist.train, batches, measure)
+    images, labels = (t.to(next(base.parameters()).device) for t in as_tensors(mnist.test))
+    images = with_first_products(nets[0], images)  # the same for every adapter
     curves = {}
     for setting, net, own_losses, own_gradients in zip(distinct, nets, losses, gradients.T.tolist()):
-        curves[setting] = Curve(setting, own_losses, own_gradients, *_signals_and_accuracy(net, mnist.test))
+        curves[setting] = Curve(setting, own_losses, own_gradients, *_signals_and_accuracy(net, images, labels))
     return [curves[setting] for setting in settings]
 
 
-def _signals_and_accuracy(net: nn.Module, dataset: TensorDataset, layer: str = "linear2") -> tuple[float, float, float]:
+def _signals_and_accuracy(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, layer: str = "linear2") -> tuple[float, float, float]:
     seen = []
     watch = net.get_submodule(layer).register_forward_hook(lambda _, inputs, output: seen.extend((*inputs, output)))
     try:
-        images, labels = (t.to(net.linear3.bias.device) for t in as_tensors(dataset))
-        logits = net(images)
+        with factorised(net):
+            logits = net(images)
     finally:
         watch.remove()
     x, output = seen
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), output)
-    delta = _adapters(net)[layer].delta
-    with torch.no_grad():
-        forwards, backwards = (added.square().mean().sqrt().item() for added in (x @ delta.T, gradient @ delta))
+    adapter = _adapters(net)[layer]
+    with torch.no_grad():  # ΔWx and ΔWᵀ∂L/∂(Wx) by the thin A and B
+        added = (x @ adapter.lora_A.T @ adapter.lora_B.T, gradient @ adapter.lora_B @ adapter.lora_A)
+        forwards, backwards = (adapter.scale * signal.square().mean().sqrt().item() for signal in added)
         return forwards, backwards, (logits.argmax(dim=1) == labels).float().mean().item()
 
 

@@ -233,9 +233,9 @@ def test_every_control_by_keyboard(explorer):
         field.press("Enter")
     shows(explorer, "LoRA on · rank 6 · α 0.5 · 70 batches of digit 9 with 10% others · ")
     expect(explorer.locator("output")).to_have_text(re.compile("seed 3, "))
-    for label, key in (("batches", "5"), ("others", "Home"), ("learn digit", "4")):
+    for label, key in (("batches", "5"), ("others", "Home"), ("learn digit", "ArrowDown")):
         explorer.get_by_label(label).press(key)
-    shows(explorer, "LoRA on · rank 6 · α 0.5 · 5 batches of digit 4 · ")
+    shows(explorer, "LoRA on · rank 6 · α 0.5 · 5 batches of digit 8 · ")
     for name, start in PRESETS.items():
         explorer.get_by_role("button", name=name).press("Enter")
         shows(explorer, start)
@@ -254,15 +254,20 @@ def test_every_control_by_mouse(explorer):
     )):  # fmt: skip
         drag_to_the_end(explorer, number)
         shows(explorer, start)
-    explorer.get_by_label("learn digit").select_option("4")
-    shows(explorer, "LoRA on · rank 64 · α 64 · 300 batches of digit 4 with 80% others · ")
-    field = explorer.get_by_label("seed").bounding_box()
-    explorer.page.mouse.click(field["x"] + field["width"] - 9, field["y"] + field["height"] / 4)  # its arrow that points up
+    press_arrow(explorer.get_by_label("learn digit"), up=False)
+    shows(explorer, "LoRA on · rank 64 · α 64 · 300 batches of digit 8 with 80% others · ")
+    press_arrow(explorer.get_by_label("seed"), up=True)
     expect(explorer.locator("output")).to_have_text(re.compile(r"seed \d+, just trained"), timeout=60_000)
     explorer.get_by_label("LoRA on").click()
     shows(explorer, "LoRA off · rank 64 · ")
     explorer.get_by_label("LoRA on").click()
     shows(explorer, "LoRA on · rank 64 · ")
+
+
+def press_arrow(field: Locator, up: bool) -> None:
+    """Clicks on one of the two arrows in a field for numbers."""
+    box = field.bounding_box()
+    field.page.mouse.click(box["x"] + box["width"] - 9, box["y"] + box["height"] * (1 / 4 if up else 3 / 4))
 
 
 def drag_to_the_end(panel: Locator, number: int) -> None:

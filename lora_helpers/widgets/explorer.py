@@ -21,7 +21,7 @@ PRESETS = {
     "no scaling: α = r": (Settings(rank=16, alpha=16), "rank 16, α 16: the scale α/r is 1, so BA is added as it is"),
     "rehearse the other digits": (Settings(share=0.5), "rank 1, α 1, but half of the training images show other digits"),
 }
-PATIENCE = 0.4  # seconds of training before a progress bar appears
+PATIENCE = 0.8  # seconds of training before a progress bar appears: drawing it slows a training that is soon over
 
 
 class LoRAExplorer(Panel):
@@ -97,8 +97,8 @@ class LoRAExplorer(Panel):
             options=STOPS, value=self.batches, description="batches", tooltip=batches_tip, **FIELD
         )
         self.share_field = widgets.Dropdown(options=shares, value=self.share, description="others", tooltip=share_tip, **FIELD)
-        self.digit_field = widgets.Dropdown(
-            options=range(10), value=self.digit, description="learn digit", tooltip="the digit to fine-tune on", **FIELD
+        self.digit_field = widgets.BoundedIntText(
+            self.digit, min=0, max=9, description="learn digit", tooltip="the digit to fine-tune on", **FIELD
         )
         self.seed_field = widgets.BoundedIntText(
             self.seed, min=0, max=9999, description="seed", tooltip="of A and of the order of the images: is it luck?", **FIELD

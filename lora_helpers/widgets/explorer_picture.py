@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 from lora_helpers.finetuning import FineTuning
 from lora_helpers.plots import AFTER, BEFORE
 from lora_helpers.training import Evaluation
-from lora_helpers.widgets.pictures import LivePicture, signed
+from lora_helpers.widgets.pictures import LivePicture, Words, signed
 
 LAYER_STYLES = ((BEFORE, "o"), ("#D55E00", "s"), ("#009E73", "^"))  # Okabe and Ito's palette, and a shape each
 STRIP = 12  # images repaired, and as many broken, that are shown
@@ -53,7 +53,7 @@ class ExplorerPicture(LivePicture):
         self._make_bars()
         self._base_map, self._now_map = self._make_map(4.95, "base"), self._make_map(7.2, "LoRA on")
         axes, image, numbers = self._now_map
-        self._moving += [image, axes.title, *numbers.flat]
+        self._moving += [image, axes.title, numbers]
         self._make_spectrum()
         self._strips = [self._make_strip(x) for x in (0.1, 5.6)]
 
@@ -64,7 +64,7 @@ class ExplorerPicture(LivePicture):
             axes.bar(digits + shift, np.ones(10), 0.4, color=color, hatch=hatch, edgecolor="white", linewidth=0.5)
             for shift, color, hatch in ((-0.2, BEFORE, ""), (0.2, AFTER, "///"))
         ]
-        self._changes = [axes.text(digit, 0, "", ha="center", va="bottom", fontsize=9.5) for digit in digits]
+        self._changes = Words(axes, fontsize=9.5)
         self._learned = axes.text(0, -0.085, "▲\nlearned", ha="center", va="top", fontsize=9, linespacing=1, transform=axes.get_xaxis_transform())
         axes.set(xlim=(-0.6, 9.6), xticks=digits)
         axes.tick_params(labelsize=10, length=0)
@@ -72,19 +72,19 @@ class ExplorerPicture(LivePicture):
         axes.legend(self._bars, ["base", " " * 14], loc="lower right", frameon=False, fontsize=10, ncols=2, borderpad=0,
                     bbox_to_anchor=(1, 1.02), handlelength=1.4, columnspacing=1)  # fmt: skip
         self._bars_label = axes.text(0.84, 1.055, "", fontsize=10, transform=axes.transAxes)
-        self._moving += [axes.yaxis, *self._bars[0], *self._bars[1], *self._changes, self._learned, self._bars_label]
+        self._moving += [axes.yaxis, *self._bars[0], *self._bars[1], self._changes, self._learned, self._bars_label]
 
     def _make_map(self, left, label):
         axes = self._place(left, 1.55, 2.05, 2.7)
         image = axes.imshow(np.zeros((10, 10)), cmap="Blues", aspect="auto", vmin=0, vmax=1)
-        numbers = [[axes.text(x, y, "", ha="center", va="center", fontsize=8) for x in range(10)] for y in range(10)]
+        numbers = Words(axes, fontsize=8)
         axes.set(xticks=range(10), yticks=range(10))
         axes.tick_params(labelsize=9, length=0, pad=2)
         axes.set_xlabel("answer", fontsize=9, labelpad=1)
         if label == "base":
             axes.set_ylabel("digit", fontsize=9, labelpad=1)
         axes.set_title(f"mistakes, {label}", loc="center", fontsize=11)
-        return axes, image, np.array(numbers)
+        return axes, image, numbers
 
     def _make_spectrum(self):
         axes = self._axes_spectrum = self._place(9.75, 2.4, 1.15, 1.85)
@@ -107,9 +107,9 @@ class ExplorerPicture(LivePicture):
         image = axes.imshow(np.zeros((28, 28 * STRIP)), cmap="gray_r", vmin=0, vmax=1, aspect="auto")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-        answers = [axes.text(28 * n + 13.5, 29, "", ha="center", va="top", fontsize=9.5) for n in range(STRIP)]
+        answers = Words(axes, fontsize=9.5)
         heading = axes.text(0, -4, "", fontsize=11)
-        self._moving += [image, heading, *answers]
+        self._moving += [image, heading, answers]
         return heading, image, answers
 
     def update(self, result: FineTuning, enabled: bool, summary: str) -> "ExplorerPicture":
@@ -145,9 +145,8 @@ class ExplorerPicture(LivePicture):
         for bars, values in zip(self._bars, heights):
             for bar, value in zip(bars, values):
                 bar.set_height(value)
-        for digit, (text, old, new) in enumerate(zip(self._changes, *heights)):
-            text.set_position((digit, max(old, new) + top * 0.01))
-            text.set_text(signed(new - old))
+        above = top * 0.035
+        self._changes.write((digit, max(old, new) + above, signed(new - old), "black") for digit, (old, new) in enumerate(zip(*heights)))
         self._bars_label.set_text(label)
 
     def _update_spectrum(self, result, enabled):
@@ -168,9 +167,8 @@ class ExplorerPicture(LivePicture):
         for n, index in enumerate(chosen):
             pixels = self._images[index].squeeze().numpy()
             mosaic[:, 28 * n : 28 * n + 28] = (pixels - pixels.min()) / (pixels.max() - pixels.min())
-            answers[n].set_text(f"{result.off.predictions[index]} → {result.on.predictions[index]}")
-        for text in answers[len(chosen) :]:
-            text.set_text("")
+        changes = [f"{result.off.predictions[index]} → {result.on.predictions[index]}" for index in chosen]
+        answers.write((28 * n + 13.5, 33, change, "black") for n, change in enumerate(changes))
         image.set_data(mosaic)
         image.set_alpha(1 if enabled else PALE)
         explained = f", {len(chosen)} shown" if len(chosen) < len(indices) else ""
@@ -183,9 +181,10 @@ def _fill_map(part, shown: Evaluation) -> None:
     most = shown.confusion.sum(dim=1).max().item()  # all images of a digit: in every map, one shade is one number
     shades = np.sqrt(mistakes / most)  # the root, so that rare mistakes are seen too
     image.set_data(shades)
-    for text, count, shade in zip(numbers.flat, mistakes.flat, shades.flat):
-        text.set_text(str(count) if count else "")
-        text.set_color("white" if shade > 0.65 else "black")
+    numbers.write(
+        (x, y, str(count) if count else "", "white" if shade > 0.65 else "black")
+        for (y, x), count, shade in zip(np.ndindex(mistakes.shape), mistakes.flat, shades.flat)
+    )
 
 
 def _others(shown: Evaluation, digit: int) -> int:

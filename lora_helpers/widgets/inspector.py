@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lora_helpers.lora import add_lora, freeze_base, lora_disabled, lora_layers
 from lora_helpers.plots import AFTER, BEFORE
 from lora_helpers.widgets.common import FIELD, WRAP, Finite, Panel, paired, powers_of_two, tie
-from lora_helpers.widgets.pictures import LivePicture
+from lora_helpers.widgets.pictures import LivePicture, Words
 
 MAX_RANK, MAX_STEPS = 4, 200
 RATE = 0.05
@@ -107,10 +107,11 @@ class InspectorPicture(LivePicture):
         axes.imshow(values.numpy(), cmap="PuOr", vmin=-self._limit, vmax=self._limit, aspect="auto", alpha=1 if strong else 0.25)
         axes.axis("off")
         axes.add_patch(Rectangle((-0.5, -0.5), columns, rows, fill=False, linewidth=2.5, clip_on=False, **style))
-        for row, entries in enumerate(values.tolist()):
-            for column, value in enumerate(entries):
-                color = "white" if strong and abs(value) > 0.6 * self._limit else "black"
-                axes.text(column, row, f"{value:.1f}".replace("-", "−").replace("−0.0", "0.0"), ha="center", va="center", fontsize=8, color=color)
+        Words(axes, fontsize=8).write(
+            (column, row, f"{value:.1f}".replace("-", "−").replace("−0.0", "0.0"), "white" if strong and abs(value) > 0.6 * self._limit else "black")
+            for row, entries in enumerate(values.tolist())
+            for column, value in enumerate(entries)
+        )
         self._write(left, top + 0.09, fontsize=11).set_text(f"{name}   {rows}×{columns}")
         self._write(left, top - CELL * rows - 0.09, fontsize=10, va="top").set_text(role)
         return axes
