@@ -500,7 +500,7 @@ class Cost:
     milliseconds: float
 
 
-def costs(base: nn.Module, dataset: TensorDataset, *, ranks: Iterable[int] = (1, 8, 64), steps: int = 20, lr: float = 1e-5) -> list[Cost]:
+def costs(base: nn.Module, dataset: TensorDataset, *, ranks: Iterable[int] = (1, 8, 64), steps: int = 10, lr: float = 1e-5) -> list[Cost]:
     """Full fine-tuning, LoRA as a parametrization and LoRA factorised, for each rank; each measured, none estimated.
 
     The time is the best of `steps` training steps of 10 images (the least disturbed by other work); the checkpoint
