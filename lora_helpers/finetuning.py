@@ -208,7 +208,9 @@ class FineTuner:
         with self._lock, self._loaded(settings), torch.no_grad():
             adapters = [adapter for (adapter,) in lora_layers(self._net).values()]
             generator = torch.Generator().manual_seed(0)
-            low_rank = all(_has_rank_at_most(adapter.delta, settings.rank, generator) for adapter in adapters)
+            # Without the scale; in float32, for a ΔW rounded to half precision would have full rank.
+            deltas = [adapter.lora_B.float() @ adapter.lora_A.float() for adapter in adapters]
+            low_rank = all(_has_rank_at_most(delta, settings.rank, generator) for delta in deltas)
             with lora_disabled(self._net):
                 off = torch.equal(self._net(self._probe), self._probe_logits)
             for adapter in adapters:
@@ -249,7 +251,7 @@ class FineTuner:
     def _train(self, settings: Settings, stops: Iterable[int], progress: Callable[[int, int], None] | None) -> _Training:
         lesson = _lesson(self.mnist.train, settings)
         stops = {*stops, settings.batches}
-        length = settings.batches if settings.batches > USUAL_LENGTH else max(s for s in stops if s <= USUAL_LENGTH)
+        length = max(stops if settings.batches > USUAL_LENGTH else (s for s in stops if s <= USUAL_LENGTH))
         _with_new_lora(self._net, settings)
         training = _Training({}, {})
 
@@ -341,8 +343,9 @@ def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 
 
 def _has_rank_at_most(delta: torch.Tensor, rank: int, generator: torch.Generator) -> bool:
-    random = torch.randn(delta.shape[1], rank + 5, generator=generator).to(delta)
-    return torch.linalg.matrix_rank(delta @ random).item() <= rank
+    product = delta @ torch.randn(delta.shape[1], rank + 5, generator=generator).to(delta)
+    # The rounding is that of the wide ΔW: by matrix_rank's own measure, for the narrow product, a true rank could look higher.
+    return torch.linalg.matrix_rank(product, rtol=max(delta.shape) * torch.finfo(delta.dtype).eps).item() <= rank
 
 
 def _lesson(dataset: TensorDataset, settings: Settings) -> TensorDataset:

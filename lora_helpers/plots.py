@@ -29,6 +29,15 @@ def set_type_scale(scale: float) -> None:
     _type_scale = scale
 
 
+def ink(ground: tuple[float, ...]) -> str:
+    """Black or white, whichever can be read better on `ground`, given as red, green and blue from 0 to 1.
+
+    Source: relative luminance and contrast of WCAG 2.2, https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio; 0.179 is where both are alike.
+    """
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in ground[:3])
+    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179 else "black"
+
+
 class Picture(Figure):
     """A matplotlib figure that a notebook shows by itself, with a text alternative for those who cannot see it."""
 
@@ -131,11 +140,11 @@ def plot_confusion(result: Evaluation) -> Picture:
     wrong = result.confusion.clone().fill_diagonal_(0)
     figure = Picture(f"Confusion matrix; wrong answers of digits 0 to 9: {result.wrong_counts}", figsize=(4.8, 4.4))
     axes = figure.subplots()
-    axes.imshow(wrong, cmap="Blues")
+    image = axes.imshow(wrong, cmap="Blues")
     for true, row in enumerate(wrong.tolist()):
         for answer, count in enumerate(row):
             if count:
-                axes.text(answer, true, count, ha="center", va="center", color="white" if count > wrong.max() / 2 else "black", fontsize=8)
+                axes.text(answer, true, count, ha="center", va="center", color=ink(image.to_rgba(count)), fontsize=8)
     axes.set(xlabel="the network's answer", ylabel="the digit", xticks=range(10), yticks=range(10), title="wrong answers")
     return figure
 

@@ -648,9 +648,10 @@ def main() -> None:
     for title, gradient in (("random G of rank 10", low_rank_gradient()), ("G of the network", weight_gradient(base, only_digit(mnist.train, 9)))):
         steps = first_steps(gradient)
         norms, useful = first_step_slopes(steps, "norm"), first_step_slopes(steps, "useful")
-        print(f"\nFirst step, {title}: exponents of r, mean ± standard deviation over draws")
+        print(f"\nFirst step, {title}: exponents of r, mean ± standard deviation over draws; last, the exponent of the draws' mean")
         for key in norms:
-            print(f"{key[0]:4} · scale {key[1]:4} · ‖ΔW‖ {spread(norms[key])} · ⟨−ΔW, G⟩ {spread(useful[key])}")
+            of_the_mean = slope_of_means((step.rank, step.useful) for step in steps if (step.optimizer, step.rule) == key)
+            print(f"{key[0]:4} · scale {key[1]:4} · ‖ΔW‖ {spread(norms[key])} · ⟨−ΔW, G⟩ {spread(useful[key])} · {of_the_mean:+.2f}")
 
     directions = full_fine_tuning(base, mnist, lr=1e-4, progress=False)
     for common in ({}, {"optimizer": "SGD", "lr": 1e-2}, {"start": "kaiming"}):

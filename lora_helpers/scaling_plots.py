@@ -10,8 +10,8 @@ from statistics import mean
 import torch
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
-from lora_helpers.plots import AFTER, BEFORE, Picture
-from lora_helpers.scaling import WEIGHTS, Cost, Curve, FirstStep, Run, break_even_rank, end, norm_slopes
+from lora_helpers.plots import AFTER, BEFORE, Picture, ink
+from lora_helpers.scaling import WEIGHTS, Cost, Curve, FirstStep, Run, Start, break_even_rank, end, norm_slopes
 
 THIRD = "#009E73"
 _STYLE = {"α": (THIRD, "^", ":"), "α/√r": (AFTER, "s", "--"), "α/r": (BEFORE, "o", "-")}
@@ -31,6 +31,21 @@ def plot_spectra(spectra: dict[str, dict[str, torch.Tensor]]) -> Picture:
     axes.legend(frameon=False, fontsize=8)
     figure.axes[0].set_ylabel("singular value / largest")
     figure.alt = "; ".join(said)
+    return figure
+
+
+def plot_starts(starts: Sequence[Start]) -> Picture:
+    """The norms of the first gradients of A and B, for each start; "0" where there is none."""
+    alt = "; ".join(f"{s.name}: {s.gradient_A:.3g} in A, {s.gradient_B:.3g} in B" for s in starts)
+    figure = Picture(f"Norms of the first gradients: {alt}", figsize=(8.5, 2.6))
+    axes = figure.subplots()
+    for shift, label, color, hatch in ((-0.2, "in A", AFTER, "//"), (0.2, "in B", BEFORE, "")):
+        for place, start in enumerate(starts):
+            norm = start.gradient_A if label == "in A" else start.gradient_B
+            axes.bar(place + shift, norm, 0.4, color=color, hatch=hatch, edgecolor="white", label=None if place else label)
+            axes.text(place + shift, max(norm, 0.01), f"{norm:.2g}" if norm < 10 else f"{norm:,.0f}", ha="center", va="bottom", fontsize=9)
+    axes.set(xticks=range(len(starts)), xticklabels=[s.name for s in starts], yscale="log", ylim=(0.01, 1e5), ylabel="norm of the gradient")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
@@ -145,11 +160,10 @@ def plot_grids(groups: dict[str, Sequence[Run]]) -> Picture:
             axes = grid_of_axes[row, column]
             table = [[value(found[a, lr]) if found[a, lr].finite else math.nan for lr in lrs] for a in alphas]
             image = axes.imshow(table, cmap="cividis", origin="lower", aspect="auto")
-            low, high = image.get_clim()
             for i, line in enumerate(table):
                 for j, v in enumerate(line):
-                    words, dark = ("✗", False) if math.isnan(v) else (format(v, form), v < (low + high) / 2)
-                    axes.text(j, i, words, ha="center", va="center", color="white" if dark else "black", fontsize=9)
+                    words, color = ("✗", "black") if math.isnan(v) else (format(v, form), ink(image.to_rgba(v)))
+                    axes.text(j, i, words, ha="center", va="center", color=color, fontsize=9)
                 said.append(f"{name}, {label}, α = {alphas[i]:g}: " + ", ".join("diverged" if math.isnan(v) else format(v, form) for v in line))
             axes.set(xticks=range(len(lrs)), xticklabels=[f"{lr:.3g}" for lr in lrs], yticks=range(len(alphas)), yticklabels=[f"{a:g}" for a in alphas])
             axes.set(title=f"{name}: {label}", xlabel="learning rate", ylabel="α")

@@ -256,12 +256,18 @@ def test_every_control_by_mouse(explorer):
         shows(explorer, start)
     press_arrow(explorer.get_by_label("learn digit"), up=False)
     shows(explorer, "LoRA on · rank 64 · α 64 · 300 batches of digit 8 with 80% others · ")
+    press_arrow(explorer.get_by_label("rank r"), up=False)
+    press_arrow(explorer.get_by_label("α", exact=True), up=False)
+    shows(explorer, "LoRA on · rank 63 · α 63.9375 · 300 batches of digit 8 with 80% others · ")
+    explorer.get_by_label("batches").select_option("5")
+    explorer.get_by_label("others").select_option("0%")
+    shows(explorer, "LoRA on · rank 63 · α 63.9375 · 5 batches of digit 8 · ")
     press_arrow(explorer.get_by_label("seed"), up=True)
     expect(explorer.locator("output")).to_have_text(re.compile(r"seed \d+, just trained"), timeout=60_000)
     explorer.get_by_label("LoRA on").click()
-    shows(explorer, "LoRA off · rank 64 · ")
-    explorer.get_by_label("LoRA on").click()
-    shows(explorer, "LoRA on · rank 64 · ")
+    shows(explorer, "LoRA off · rank 63 · ")
+    explorer.get_by_role("button", name="paper default").click()
+    shows(explorer, "LoRA on · rank 1 · ")  # what a preset shows is seen, whatever the switch
 
 
 def press_arrow(field: Locator, up: bool) -> None:
@@ -286,10 +292,22 @@ def test_the_inspector_by_keyboard_and_mouse(page):
         shows(inspector, start)
     inspector.get_by_label("steps").fill("80")
     inspector.get_by_label("steps").press("Enter")
-    expect(inspector.locator("output")).to_have_text(re.compile("after 80 steps$"))
-    for number, start in enumerate(("LoRA on · rank 4 · α 2 · ", "LoRA on · rank 4 · α 16 · ")):
+    expect(inspector.locator("output")).to_have_text(re.compile("after 80 steps · "))
+    slider(inspector, 2).press("ArrowRight")
+    expect(inspector.locator("output")).to_have_text(re.compile("after 90 steps · "))
+    for label, text in (("rank r", "3"), ("α", "0.5")):
+        inspector.get_by_label(label, exact=True).fill(text)
+        inspector.get_by_label(label, exact=True).press("Enter")
+    shows(inspector, "LoRA on · rank 3 · α 0.5 · ")
+    for label in ("rank r", "α", "steps"):
+        press_arrow(inspector.get_by_label(label, exact=True), up=False)
+    shows(inspector, "LoRA on · rank 2 · α 0.25 · ")
+    expect(inspector.locator("output")).to_have_text(re.compile("after 89 steps · "))
+    for number, start in enumerate(("LoRA on · rank 4 · α 0.25 · ", "LoRA on · rank 4 · α 16 · ")):
         drag_to_the_end(inspector, number)
         shows(inspector, start)
+    drag_to_the_end(inspector, 2)
+    expect(inspector.locator("output")).to_have_text(re.compile("after 200 steps · "))
     inspector.get_by_label("LoRA on").press("Space")
     shows(inspector, "LoRA off · rank 4 · α 16 · α/r 4 · the weight is W, to the bit · ")
     inspector.get_by_label("LoRA on").click()
@@ -307,8 +325,24 @@ def test_the_scaling_lab_by_keyboard_and_mouse(page):
     shows(lab, "LoRA on · rank 8 · α 2 · scale α/√r = 0.707 · linear2: ")
     lab.get_by_role("button", name="linear3").click()
     shows(lab, "LoRA on · rank 8 · α 2 · scale α/√r = 0.707 · linear3: ")
+    lab.get_by_role("button", name="linear1").press("Enter")
+    shows(lab, "LoRA on · rank 8 · α 2 · scale α/√r = 0.707 · linear1: ")
     drag_to_the_end(lab, 0)
-    shows(lab, "LoRA on · rank 64 · α 2 · scale α/√r = 0.25 · linear3: ")
+    shows(lab, "LoRA on · rank 64 · α 2 · scale α/√r = 0.25 · linear1: ")
+    lab.get_by_label("rank r").press("Home")
+    shows(lab, "LoRA on · rank 1 · α 2 · ")
+    lab.get_by_label("rank r").select_option("16")
+    lab.get_by_role("button", name="none").click()
+    shows(lab, "LoRA on · rank 16 · α 2 · scale α at every rank = 2 · ")
+    track = lab.locator(".noUi-base").nth(1).bounding_box()
+    page.mouse.click(track["x"] + track["width"] * 0.4, track["y"] + track["height"] / 2)  # α from 2⁻⁴ to 2⁶: 1 in between
+    shows(lab, "LoRA on · rank 16 · α 1 · ")
+    field = lab.get_by_label("α", exact=True)
+    press_arrow(field, up=True)
+    shows(lab, "LoRA on · rank 16 · α 1.0625 · ")
+    field.fill("0.5")
+    field.press("Enter")
+    shows(lab, "LoRA on · rank 16 · α 0.5 · ")
     assert not page.errors
 
 
@@ -379,8 +413,13 @@ def test_a_digit_is_drawn_by_mouse(pad, explorer):
     pad.get_by_label("your drawing").fill("7")
     pad.get_by_label("your drawing").press("Enter")
     shows(pad, "LoRA on · rank 2 · α 1 · test image 7, a ")
-    pad.get_by_role("button", name="clear").press("Enter")
-    shows(pad, "LoRA on · rank 2 · α 1 · nothing drawn yet")
+    press_arrow(pad.get_by_role("spinbutton"), up=True)
+    shows(pad, "LoRA on · rank 2 · α 1 · test image 8, a ")
+    for act in (lambda button: button.press("Enter"), lambda button: button.click()):
+        stroke((150, 50), (150, 200))
+        shows(pad, "LoRA on · rank 2 · α 1 · your drawing · ")
+        act(pad.get_by_role("button", name="clear"))
+        shows(pad, "LoRA on · rank 2 · α 1 · nothing drawn yet")
 
 
 def test_repaired_and_broken_images_one_after_the_other(pad):

@@ -1,17 +1,20 @@
 """The explorer without a browser: controls in, results, text and pictures out."""
 
 import base64
+import re
 import threading
 import time
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from traitlets import TraitError
 
 import lora_helpers.finetuning
 from lora_helpers import LoRAExplorer, add_lora, evaluate, load_mnist, pretrained_base
 from lora_helpers.finetuning import Settings
 from lora_helpers.widgets.explorer import PRESETS
+from lora_helpers.widgets.pictures import Words
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,9 @@ def test_scrubbing_through_the_batches_trains_no_more(explorer, trainings):
     assert set(explorer.result.norms.values()) == {0}
     explorer.batches = 200
     assert len(trainings) == 1 and explorer.origin == "just trained"
+    for batches in (150, 300):
+        explorer.batches = batches
+        assert len(trainings) == 1 and explorer.origin == "just tested"
 
 
 def test_off_hides_nothing_and_moves_no_axis(explorer):
@@ -148,6 +154,23 @@ def test_small_norms_and_as_many_singular_values_as_there_are(explorer):
     for text, (name, norm) in zip(picture._norms, norms.items()):
         assert float(text.get_text().removeprefix(f"{name} ‖ΔW‖ ")) == pytest.approx(norm, rel=0.05) and 0 < norm < 0.1
     assert [len(points.get_xdata()) for points in picture._points] == [64, 64, 10]
+
+
+def test_large_values_stay_in_the_picture(explorer):
+    explorer.apply(Settings(rank=1, alpha=64, batches=300))
+    picture, (low, high) = explorer._picture, explorer._picture._axes_spectrum.get_ylim()
+    assert max(explorer.result.norms.values()) > 100
+    assert all(low < value < high for points in picture._points for value in points.get_ydata())
+    assert all(re.search(r" ‖ΔW‖ \d{2,3}(\.\d)?$", text.get_text()) for text in picture._norms)
+
+
+def test_long_words_are_written_smaller():
+    words = Words(Figure().subplots(), fontsize=8, room=3)
+    words.write([(0, 0, "12", "black"), (1, 0, "123", "black"), (2, 0, "1234", "white"), (3, 0, "", "black")])
+    two, three, four = (path.get_extents().width for path in words.get_paths())
+    assert two < four < 1.1 * three and len(words.get_offsets()) == 3
+    words.write([])
+    assert len(words.get_offsets()) == 0
 
 
 def test_a_stop_that_is_only_tested_now_says_so(explorer):

@@ -191,3 +191,12 @@ def test_a_base_of_another_dtype(mnist, dtype):
     torch.manual_seed(0)
     result = fine_tune(RichBoyNet(20, 30).to(dtype), mnist, rank=2, batches=5)
     assert all(values.dtype == torch.float32 for values in result.singular_values.values())
+
+
+def test_the_proof_of_rank_never_doubts_a_true_rank_and_sees_a_higher_one():
+    """As on linear3, where rounding is largest beside the narrow product."""
+    for seed in range(500):
+        generator = torch.Generator().manual_seed(seed)
+        A, B = torch.randn(2, 2000, generator=generator), torch.randn(10, 2, generator=generator)
+        assert not finetuning._has_rank_at_most(B @ A, 1, torch.Generator().manual_seed(0))
+        assert finetuning._has_rank_at_most(B[:, :1] @ A[:1], 1, torch.Generator().manual_seed(0))

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import matplotlib
 import pytest
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from lora_helpers import (
     train,
     train_side_by_side,
 )
+from lora_helpers.plots import ink
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +219,12 @@ def test_the_story_on_full_mnist(full_mnist_root):
     assert 0.94 <= before.accuracy <= 0.97
     check_story(before, after)
     assert after.wrong_counts[9] <= before.wrong_counts[9] / 2  # not so at every seed: tests/seeds.py
+
+
+@pytest.mark.parametrize("colors", ["Blues", "PuOr", "cividis"])
+def test_numbers_on_a_heat_map_can_be_read(colors):
+    """At least 4.5, as WCAG asks for text."""
+    for ground in matplotlib.colormaps[colors](range(256)):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in ground[:3]]
+        light = sum(part * share for part, share in zip(linear, (0.2126, 0.7152, 0.0722)))
+        assert (1.05 / (light + 0.05) if ink(ground) == "white" else (light + 0.05) / 0.05) >= 4.5

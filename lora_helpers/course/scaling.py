@@ -265,7 +265,7 @@ def quiz() -> Quiz:
             {
                 "It stays the same": "The usual sentence, and false here: see the table.",
                 "It grows with r": "It does so without the scale; α/r takes more away than the extra directions add.",
-                "It falls, about like 1/√r": "What stays nearly level is what the network *does*.",
+                "It falls, about like 1/√r": "The nines repaired stay nearly level from rank 4 on.",
             },
         ),
     ))  # fmt: skip

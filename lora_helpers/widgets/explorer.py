@@ -74,7 +74,7 @@ class LoRAExplorer(Panel):
 
     def apply(self, settings: Settings) -> None:
         """Moves all controls at once, with at most one training."""
-        self._together({name: getattr(settings, name) for name in Settings.__dataclass_fields__})
+        self._together(vars(settings))
 
     def attach(self, follower: Callable[[], None]) -> None:
         """Calls `follower()` after every move, in place of the follower before it: a cell run twice leaves no old one."""
@@ -91,7 +91,7 @@ class LoRAExplorer(Panel):
         self.share_slider = stops(shares, self.share, share_tip)
         self.rank_field = widgets.BoundedIntText(self.rank, min=1, max=64, description="rank r", tooltip=rank_tip, **FIELD)
         self.alpha_field = widgets.BoundedFloatText(
-            self.alpha, min=1 / 16, max=64, step=0.25, description="α", tooltip=alpha_tip, **FIELD
+            self.alpha, min=1 / 16, max=64, step=1 / 16, description="α", tooltip=alpha_tip, **FIELD
         )
         self.batches_field = widgets.Dropdown(
             options=STOPS, value=self.batches, description="batches", tooltip=batches_tip, **FIELD
@@ -111,7 +111,7 @@ class LoRAExplorer(Panel):
         buttons = []
         for name, (settings, tip) in PRESETS.items():
             button = widgets.Button(description=name, tooltip=tip, layout=widgets.Layout(width="auto"))
-            button.on_click(on_main_thread(lambda _, settings=settings: self.apply(settings)))
+            button.on_click(on_main_thread(lambda _, settings=settings: self._together({**vars(settings), "enabled": True})))
             buttons.append(button)
         self.preset_buttons = dict(zip(PRESETS, buttons))
         return [

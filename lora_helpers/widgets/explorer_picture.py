@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lora_helpers.finetuning import FineTuning
-from lora_helpers.plots import AFTER, BEFORE
+from lora_helpers.plots import AFTER, BEFORE, ink
 from lora_helpers.training import Evaluation
 from lora_helpers.widgets.pictures import LivePicture, Words, signed
 
@@ -14,7 +14,7 @@ STRIP = 12  # images repaired, and as many broken, that are shown
 PALE = 0.35  # what LoRA would do if it were on
 ORIGINS = {"just tested": "trained before, tested just now"}  # in words that explain themselves
 REMEMBERED = 32  # drawings, of some 100 kB each
-ZERO = 1e-3  # where a logarithmic axis draws zero, and all below
+ZERO = 1e-3  # where a logarithmic axis draws zero, and all that is smaller
 
 
 def summarise(result: FineTuning, enabled: bool, origin: str = "") -> str:
@@ -64,7 +64,7 @@ class ExplorerPicture(LivePicture):
             axes.bar(digits + shift, np.ones(10), 0.4, color=color, hatch=hatch, edgecolor="white", linewidth=0.5)
             for shift, color, hatch in ((-0.2, BEFORE, ""), (0.2, AFTER, "///"))
         ]
-        self._changes = Words(axes, fontsize=9.5)
+        self._changes = Words(axes, fontsize=9.5, room=4)
         self._learned = axes.text(0, -0.085, "▲\nlearned", ha="center", va="top", fontsize=9, linespacing=1, transform=axes.get_xaxis_transform())
         axes.set(xlim=(-0.6, 9.6), xticks=digits)
         axes.tick_params(labelsize=10, length=0)
@@ -77,7 +77,7 @@ class ExplorerPicture(LivePicture):
     def _make_map(self, left, label):
         axes = self._place(left, 1.55, 2.05, 2.7)
         image = axes.imshow(np.zeros((10, 10)), cmap="Blues", aspect="auto", vmin=0, vmax=1)
-        numbers = Words(axes, fontsize=8)
+        numbers = Words(axes, fontsize=8, room=3)
         axes.set(xticks=range(10), yticks=range(10))
         axes.tick_params(labelsize=9, length=0, pad=2)
         axes.set_xlabel("answer", fontsize=9, labelpad=1)
@@ -88,9 +88,9 @@ class ExplorerPicture(LivePicture):
 
     def _make_spectrum(self):
         axes = self._axes_spectrum = self._place(9.75, 2.4, 1.15, 1.85)
-        axes.set(xscale="log", yscale="log", xlim=(0.8, 80), ylim=(ZERO / 2, 100))
+        axes.set(xscale="log", yscale="log", xlim=(0.8, 80), ylim=(ZERO / 2, 2000))
         axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-        axes.set_yticks([ZERO, 0.01, 0.1, 1, 10, 100], ["0", "0.01", "0.1", "1", "10", "100"])
+        axes.set_yticks([ZERO, 0.01, 0.1, 1, 10, 100, 1000], ["≤.001", "0.01", "0.1", "1", "10", "100", "1000"])
         axes.minorticks_off()
         axes.tick_params(labelsize=9, length=2, pad=2)
         axes.set_xlabel("number", fontsize=9, labelpad=1)
@@ -107,7 +107,7 @@ class ExplorerPicture(LivePicture):
         image = axes.imshow(np.zeros((28, 28 * STRIP)), cmap="gray_r", vmin=0, vmax=1, aspect="auto")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-        answers = Words(axes, fontsize=9.5)
+        answers = Words(axes, fontsize=9.5, room=5)
         heading = axes.text(0, -4, "", fontsize=11)
         self._moving += [image, heading, answers]
         return heading, image, answers
@@ -156,7 +156,7 @@ class ExplorerPicture(LivePicture):
             points.set_data(np.arange(1, len(heights) + 1), heights)
             points.set_alpha(1 if enabled else PALE)  # there, but not added to the weights
             norm = values.norm().item()
-            text.set_text(f"{name} ‖ΔW‖ " + (f"{norm:.1f}" if norm >= 1 else f"{norm:.2g}"))
+            text.set_text(f"{name} ‖ΔW‖ " + (f"{norm:.1f}" if 1 <= norm < 100 else f"{norm:.0f}" if norm >= 100 else f"{norm:.2g}"))
         self._edge.set_xdata([result.settings.rank * 1.1] * 2)
 
     def _update_strip(self, strip, indices, words, result, enabled):
@@ -182,8 +182,8 @@ def _fill_map(part, shown: Evaluation) -> None:
     shades = np.sqrt(mistakes / most)  # the root, so that rare mistakes are seen too
     image.set_data(shades)
     numbers.write(
-        (x, y, str(count) if count else "", "white" if shade > 0.65 else "black")
-        for (y, x), count, shade in zip(np.ndindex(mistakes.shape), mistakes.flat, shades.flat)
+        (x, y, str(count) if count else "", ink(ground))
+        for (y, x), count, ground in zip(np.ndindex(mistakes.shape), mistakes.flat, image.to_rgba(shades).reshape(-1, 4))
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_helpers.lora import add_lora, freeze_base, lora_disabled, lora_layers
-from lora_helpers.plots import AFTER, BEFORE
+from lora_helpers.plots import AFTER, BEFORE, ink
 from lora_helpers.widgets.common import FIELD, WRAP, Finite, Panel, paired, powers_of_two, tie
 from lora_helpers.widgets.pictures import LivePicture, Words
 
@@ -104,11 +104,11 @@ class InspectorPicture(LivePicture):
     def _map(self, values, left, top, name, role, style, strong=True):
         rows, columns = values.shape
         axes = self._place(left, top - CELL * rows, CELL * columns, CELL * rows)
-        axes.imshow(values.numpy(), cmap="PuOr", vmin=-self._limit, vmax=self._limit, aspect="auto", alpha=1 if strong else 0.25)
+        image = axes.imshow(values.numpy(), cmap="PuOr", vmin=-self._limit, vmax=self._limit, aspect="auto", alpha=1 if strong else 0.25)
         axes.axis("off")
         axes.add_patch(Rectangle((-0.5, -0.5), columns, rows, fill=False, linewidth=2.5, clip_on=False, **style))
-        Words(axes, fontsize=8).write(
-            (column, row, f"{value:.1f}".replace("-", "−").replace("−0.0", "0.0"), "white" if strong and abs(value) > 0.6 * self._limit else "black")
+        Words(axes, fontsize=8, room=4).write(
+            (column, row, f"{value:.1f}".replace("-", "−").replace("−0.0", "0.0"), ink(image.to_rgba(value)) if strong else "black")
             for row, entries in enumerate(values.tolist())
             for column, value in enumerate(entries)
         )
@@ -185,5 +185,5 @@ def _summarise(shown: Inspection, enabled: bool, steps: int) -> str:
     return (
         f"LoRA {'on' if enabled else 'off'} · rank {shown.rank} · α {shown.alpha:g} · α/r {shown.alpha / shown.rank:.3g} · {same} · "
         f"stored: {shown.weight.numel()} frozen in W, {trained} trained in A and B · "
-        f"loss {shown.loss_before:.2f} → {shown.loss if enabled else shown.loss_before:.2f} after {steps} steps"
+        f"loss {shown.loss_before:.2f} → {shown.loss if enabled else shown.loss_before:.2f} after {steps} steps · seed 0, just trained"
     )

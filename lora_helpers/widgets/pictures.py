@@ -86,19 +86,20 @@ class Words(PathCollection):
     Args:
         axes: whose data coordinates the places are in.
         fontsize: in points.
+        room: for how many characters there is room; longer words are written smaller.
     """
 
-    def __init__(self, axes: Axes, fontsize: float):
+    def __init__(self, axes: Axes, fontsize: float, room: int):
         pixels = Affine2D().scale(1 / 72) + axes.figure.dpi_scale_trans
         super().__init__([], offset_transform=axes.transData, linewidths=0, clip_on=False)
         self.set_transform(pixels)
-        self._fontsize = fontsize
+        self._fontsize, self._room = fontsize, room
         axes.add_collection(self, autolim=False)
 
     def write(self, words: Iterable[tuple[float, float, str, str]]) -> None:
         """Replaces what is written; each is given as x and y of its middle, the word, and its colour."""
         words = [word for word in words if word[2]]
-        self.set_paths([_outline(word, self._fontsize) for _, _, word, _ in words])
+        self.set_paths([_outline(word, self._fontsize * min(1, self._room / len(word))) for _, _, word, _ in words])
         self.set_offsets(np.reshape([(x, y) for x, y, _, _ in words], (-1, 2)))  # of none, too
         self.set_facecolor([color for *_, color in words])
 

@@ -85,7 +85,7 @@ class ScalingLab(Panel):
                                                    tooltip=rank_tip, layout=widgets.Layout(width="190px"))  # fmt: skip
         self.rank_field = widgets.Dropdown(options=RANKS, value=self.rank, description="rank r", tooltip=rank_tip, **FIELD)
         self.alpha_slider = powers_of_two(-4, 6, self.alpha, alpha_tip)
-        self.alpha_field = widgets.BoundedFloatText(self.alpha, min=1 / 16, max=64, step=0.25, description="α", tooltip=alpha_tip, **FIELD)
+        self.alpha_field = widgets.BoundedFloatText(self.alpha, min=1 / 16, max=64, step=1 / 16, description="α", tooltip=alpha_tip, **FIELD)
         # Buttons, for JupyterLab keeps arrow keys in a menu to itself: they go to the next cell.
         self.rule_field = _choice("scale", list(RULES), self.rule, ["α at every rank", "as in LoRA", "as in rsLoRA"])
         self.layer_field = _choice("layer", ["linear1", "linear2", "linear3"], self.layer, 3 * ["whose ΔW is measured"])
