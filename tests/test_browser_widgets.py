@@ -388,9 +388,9 @@ def test_nothing_jumps(explorer, page):
 
 
 def test_a_digit_is_drawn_by_mouse(pad, explorer):
-    canvas = pad.locator("canvas").first.bounding_box()
-
     def stroke(*points):
+        pad.locator("canvas").first.scroll_into_view_if_needed()
+        canvas = pad.locator("canvas").first.bounding_box()
         places = [(canvas["x"] + x, canvas["y"] + y) for x, y in points]
         pad.page.mouse.move(*places[0])
         pad.page.mouse.down()
