@@ -89,7 +89,7 @@ def load_mnist(source: str | None = None, root: str | os.PathLike | None = None)
 
 
 def only_digit(dataset: TensorDataset, digit: int) -> TensorDataset:
-    """The part of `dataset` whose label is `digit`, in the same order.
+    """The part of `dataset` whose label is `digit`, in the same order: images M×1×28×28 and int64 labels, M.
 
     Raises:
         ValueError: `digit` is not a whole number from 0 to 9, or the dataset has none of it.

@@ -157,6 +157,7 @@ def add_lora(
 ) -> nn.Module:
     """Registers a `LoRAParametrization` on the weight of each layer; biases stay as they are.
 
+    A is rank × in_features and B out_features × rank, of the weight's device and dtype; both can be trained.
     On a network with adapters of other names the new one comes beside them and is the one in use.
     An error or an interrupt leaves `net` as it was. A state dict does not carry `alpha`: see `LoRAParametrization`.
 
@@ -176,6 +177,8 @@ def add_lora(
             another parametrization, a computed or a shared weight, or within `parametrize.cached()`.
         TypeError: `net` is no network, `layers` no list of names, a named layer no `Linear`, or
             `generator` no `torch.Generator`. Nothing is changed then.
+
+    Source: Hu et al., arXiv 2106.09685, section 4.1; https://docs.pytorch.org/tutorials/intermediate/parametrizations.html
     """
     _refuse_in_cache()
     check_whole("rank", rank)

@@ -697,11 +697,14 @@ def _print_rslora(base: nn.Module, mnist: Mnist, seeds: int) -> None:
     shuffled = shuffled_pixels(mnist)
     for optimizer, lr, ranks in (("Adam", 1e-4, (4, 16, 64)), ("SGD", 1e-2, (4, 64))):
         settings = [Setting(rank, 16, rule, optimizer, lr, "kaiming") for rule in ("α/r", "α/√r") for rank in ranks]
+        if optimizer == "Adam":
+            settings.append(Setting(4, 128, "α/r", optimizer, lr, "kaiming"))  # the step of rank 64 with α/√r
         by_seed = [learning_curves(base, shuffled, [replace(setting, seed=seed) for setting in settings]) for seed in range(seeds)]
         for setting, curves in zip(settings, zip(*by_seed)):
             losses, accuracies, forwards, backwards = zip(*((end(c.losses), c.accuracy, c.forwards, c.backwards) for c in curves))
             ranges = [_least_to_most(values, digits) for values, digits in ((losses, 2), (accuracies, 2), (forwards, 3), (backwards, 5))]
-            print(f"{optimizer:4} · scale {setting.rule:4} · r {setting.rank:2} · " + " · ".join(ranges))
+            larger = f", α = {setting.alpha}" if setting.alpha != 16 else ""
+            print(f"{optimizer:4} · scale {setting.rule:4} · r {setting.rank:2}{larger} · " + " · ".join(ranges))
 
 
 def _least_to_most(values: Sequence[float], digits: int) -> str:

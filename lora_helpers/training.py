@@ -76,11 +76,12 @@ def train(
 ) -> list[float]:
     """Trains the trainable parameters of `net` on cross-entropy, in shuffled batches.
 
-    LoRA is computed in its factorised form (see `factorised`), which is faster and changes only rounding. Images are
-    moved to the network's device and dtype. `net` is in training mode meanwhile. An interrupt leaves it usable, trained as far as it came. Where the loss ends as NaN or
-    infinite, a warning says so.
+    LoRA is computed in its factorised form (see `factorised`), which is faster and changes only rounding. Images are moved to the
+    network's device and dtype. `net` is in training mode meanwhile. An interrupt leaves it usable, trained as far as it came. Where
+    the loss ends as NaN or infinite, a warning says so.
 
     Args:
+        dataset: floating-point images, N×1×28×28 or N×784, and int64 labels, N.
         epochs: passes over `dataset`, each in a new order.
         max_batches: if given, exactly so many batches, whatever `epochs` says; a smaller
             dataset is gone round again.
