@@ -21,7 +21,7 @@ from lora_helpers.training import Evaluation, count_answers, evaluate, train, tr
 
 # The numbers of batches at which a training keeps its A and B, so that one can go back and forth through it.
 STOPS = (0, 1, 2, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300)
-USUAL_LENGTH = 100  # most questions end here; only those that ask for more are trained further
+USUAL_LENGTH = 100  # most questions end here; one that asks for more is trained to the last stop
 MEMORY = 150_000_000  # bytes of remembered A and B
 
 
@@ -157,7 +157,8 @@ class FineTuner:
         """The fine-tuning of `settings`, and how it was come by.
 
         Args:
-            stops: numbers of batches to remember on the way.
+            stops: numbers of batches to remember on the way. The training goes on to the last one, or where `settings.batches` is not
+                above 100, to the last that is not either.
             progress: called after each batch with the number done and the number to do.
 
         Returns:
@@ -203,13 +204,13 @@ class FineTuner:
         The base's weights and biases equal the copies taken at the start (`torch.equal`). With LoRA off, the logits
         of some 50 test images equal the base's to the bit; with B = 0 they do so too, LoRA being on. And ΔW has
         at most rank r: the product of ΔW with r + 5 random columns has the rank of ΔW, or r + 5 if that is more
-        (Halko, Martinsson and Tropp, arXiv 0909.4061, section 1.5).
+        (Halko, Martinsson and Tropp, arXiv 0909.4061, section 1.5); in float32, where singular values below the larger side
+        times 1.2e-7 of the largest count as zero.
         """
         with self._lock, self._loaded(settings), torch.no_grad():
             adapters = [adapter for (adapter,) in lora_layers(self._net).values()]
             generator = torch.Generator().manual_seed(0)
-            # Without the scale; in float32, for a ΔW rounded to half precision would have full rank.
-            deltas = [adapter.lora_B.float() @ adapter.lora_A.float() for adapter in adapters]
+            deltas = [copy.deepcopy(adapter).float().delta for adapter in adapters]  # rounded to half precision it would have full rank
             low_rank = all(_has_rank_at_most(delta, settings.rank, generator) for delta in deltas)
             with lora_disabled(self._net):
                 off = torch.equal(self._net(self._probe), self._probe_logits)

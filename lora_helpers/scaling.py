@@ -267,7 +267,8 @@ def sweep(
     Args:
         at: after which batches ΔW is measured, besides the last.
         directions: D for each layer, of the weight's shape.
-        known: runs of an earlier sweep with the same arguments otherwise; they are not trained again.
+        known: runs of earlier sweeps with the same base, images, batches and digit, measured at least as asked for here; they are
+            not trained again.
     """
     settings = list(settings)
     done, wanted = {_essence(run.setting): run for run in known}, {*at, batches}
@@ -648,7 +649,7 @@ def main() -> None:
     for title, gradient in (("random G of rank 10", low_rank_gradient()), ("G of the network", weight_gradient(base, only_digit(mnist.train, 9)))):
         steps = first_steps(gradient)
         norms, useful = first_step_slopes(steps, "norm"), first_step_slopes(steps, "useful")
-        print(f"\nFirst step, {title}: exponents of r, mean ± standard deviation over draws; last, the exponent of the draws' mean")
+        print(f"\nFirst step, {title}: exponents of r, mean ± standard deviation over draws\n(last, that of the mean of ⟨−ΔW, G⟩)")
         for key in norms:
             of_the_mean = slope_of_means((step.rank, step.useful) for step in steps if (step.optimizer, step.rule) == key)
             print(f"{key[0]:4} · scale {key[1]:4} · ‖ΔW‖ {spread(norms[key])} · ⟨−ΔW, G⟩ {spread(useful[key])} · {of_the_mean:+.2f}")

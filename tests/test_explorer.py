@@ -215,10 +215,10 @@ def test_a_longer_training_shows_how_far_it_is(explorer, monkeypatch, patience, 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_one_click_and_one_training(explorer, trainings, name):
-    explorer.rank = 2
+    explorer.rank, explorer.enabled = 2, False
     trainings.clear()
     explorer.preset_buttons[name].click()
-    assert explorer.result.settings == explorer.settings == PRESETS[name][0]
+    assert explorer.result.settings == explorer.settings == PRESETS[name][0] and explorer.enabled
     assert explorer.rank_slider.value == explorer.rank and explorer.share_slider.value == explorer.share
     assert len(trainings) <= 1 and explorer.proofs and all(explorer.proofs.values())
 

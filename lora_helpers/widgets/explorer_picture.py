@@ -90,7 +90,7 @@ class ExplorerPicture(LivePicture):
         axes = self._axes_spectrum = self._place(9.75, 2.4, 1.15, 1.85)
         axes.set(xscale="log", yscale="log", xlim=(0.8, 80), ylim=(ZERO / 2, 2000))
         axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-        axes.set_yticks([ZERO, 0.01, 0.1, 1, 10, 100, 1000], ["≤.001", "0.01", "0.1", "1", "10", "100", "1000"])
+        axes.set_yticks([ZERO, 0.01, 0.1, 1, 10, 100, 1000], ["≤10⁻³", "0.01", "0.1", "1", "10", "100", "1000"])
         axes.minorticks_off()
         axes.tick_params(labelsize=9, length=2, pad=2)
         axes.set_xlabel("number", fontsize=9, labelpad=1)

@@ -16,7 +16,7 @@ from lora_helpers.widgets.common import FIELD, WRAP, Finite, Panel, paired, powe
 from lora_helpers.widgets.pictures import LivePicture, Words
 
 MAX_RANK, MAX_STEPS = 4, 200
-RATE = 0.05
+RATE, SEED = 0.05, 0
 CELL = 0.29  # inches
 FROZEN, TRAINED, COMPUTED = ({"color": color, "linestyle": line} for color, line in (("#444444", "-"), (AFTER, "--"), (BEFORE, ":")))
 
@@ -169,7 +169,7 @@ class ParametrizationInspector(Panel):
 
     def _refresh(self, state):
         rank, alpha, steps, enabled = state
-        result = inspect(self._layer, rank=rank, alpha=alpha, steps=steps)
+        result = inspect(self._layer, rank=rank, alpha=alpha, steps=steps, seed=SEED)
         summary = _summarise(result, enabled, steps)
         return InspectorPicture(result, enabled, summary), summary, {"result": result}
 
@@ -185,5 +185,5 @@ def _summarise(shown: Inspection, enabled: bool, steps: int) -> str:
     return (
         f"LoRA {'on' if enabled else 'off'} · rank {shown.rank} · α {shown.alpha:g} · α/r {shown.alpha / shown.rank:.3g} · {same} · "
         f"stored: {shown.weight.numel()} frozen in W, {trained} trained in A and B · "
-        f"loss {shown.loss_before:.2f} → {shown.loss if enabled else shown.loss_before:.2f} after {steps} steps · seed 0, just trained"
+        f"loss {shown.loss_before:.2f} → {shown.loss if enabled else shown.loss_before:.2f} after {steps} steps · seed {SEED}, just trained"
     )
