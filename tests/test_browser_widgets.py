@@ -301,8 +301,8 @@ def test_the_inspector_by_keyboard_and_mouse(page):
     shows(inspector, "LoRA on · rank 3 · α 0.5 · ")
     for label in ("rank r", "α", "steps"):
         press_arrow(inspector.get_by_label(label, exact=True), up=False)
+    expect(inspector.locator("output")).to_have_text(re.compile("after 89 steps · "))  # the last of the three moves
     shows(inspector, "LoRA on · rank 2 · α 0.25 · ")
-    expect(inspector.locator("output")).to_have_text(re.compile("after 89 steps · "))
     for number, start in enumerate(("LoRA on · rank 4 · α 0.25 · ", "LoRA on · rank 4 · α 16 · ")):
         drag_to_the_end(inspector, number)
         shows(inspector, start)
