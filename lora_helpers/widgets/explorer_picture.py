@@ -156,7 +156,7 @@ class ExplorerPicture(LivePicture):
             points.set_data(np.arange(1, len(heights) + 1), heights)
             points.set_alpha(1 if enabled else PALE)  # there, but not added to the weights
             norm = values.norm().item()
-            text.set_text(f"{name} ‖ΔW‖ " + (f"{norm:.1f}" if 1 <= norm < 100 else f"{norm:.0f}" if norm >= 100 else f"{norm:.2g}"))
+            text.set_text(f"{name} ‖ΔW‖ " + (f"{norm:.0f}" if norm >= 100 else f"{norm:.1f}" if norm >= 1 else f"{norm:.2g}"))
         self._edge.set_xdata([result.settings.rank * 1.1] * 2)
 
     def _update_strip(self, strip, indices, words, result, enabled):
