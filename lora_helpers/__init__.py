@@ -5,8 +5,18 @@ each module imports only from those before it.
 """
 
 import importlib
+import os
 
 __version__ = "0.1.0"
+
+if _device := os.environ.get("LORA_DEVICE"):  # where tensors are made from now on, the notebooks' own too
+    import torch
+
+    try:
+        torch.zeros(1, device=_device)
+    except (RuntimeError, AssertionError) as error:
+        raise RuntimeError(f"LORA_DEVICE is {_device!r}, which PyTorch cannot use here: {error}\nUnset it to work on the CPU, or set it to 'cuda'.") from None
+    torch.set_default_device(_device)
 
 # Looked up on first use: pictures and widgets take a second to import, which a script that only trains need not wait.
 _MODULE_OF = {

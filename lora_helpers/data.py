@@ -137,14 +137,15 @@ def as_tensors(dataset: TensorDataset) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _normalised(images: torch.Tensor, labels: torch.Tensor) -> TensorDataset:
     pixels = images.unsqueeze(1).to(torch.float32).div_(255)
-    return TensorDataset(pixels.sub_(MEAN).div_(STD), labels.to(torch.int64))
+    device = torch.get_default_device()
+    return TensorDataset(pixels.sub_(MEAN).div_(STD).to(device), labels.to(device, torch.int64))
 
 
 def _load_sample() -> Mnist:
     path = Path(__file__).parent / "sample" / "mnist_sample.npz"
     with np.load(path, allow_pickle=False) as file:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
-    position = torch.arange(len(labels)) % 500  # the file is sorted by digit, 500 of each
+    position = torch.arange(len(labels), device="cpu") % 500  # the file is sorted by digit, 500 of each
     train = position < SAMPLE_TRAIN_PER_DIGIT
     return Mnist(_normalised(images[train], labels[train]), _normalised(images[~train], labels[~train]), "sample")
 

@@ -281,7 +281,7 @@ class FineTuner:
         if not all_finite(t for pair in pairs for t in pair):
             raise ValueError(f"The training with {settings} diverged: A and B hold NaN. Choose a smaller alpha.")
         self._put(settings, pairs)
-        labels = as_tensors(self.mnist.test)[1].cpu()
+        labels = as_tensors(self.mnist.test)[1]
         with factorised(self._net):
             if self._test_images is None:
                 self._test_images = with_first_products(self._net, self._like_the_net(as_tensors(self.mnist.test)[0]))
@@ -344,7 +344,7 @@ def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 
 
 def _has_rank_at_most(delta: torch.Tensor, rank: int, generator: torch.Generator) -> bool:
-    product = delta @ torch.randn(delta.shape[1], rank + 5, generator=generator).to(delta)
+    product = delta @ torch.randn(delta.shape[1], rank + 5, generator=generator, device="cpu").to(delta)
     # The rounding is that of the wide ΔW: by matrix_rank's own measure, for the narrow product, a true rank could look higher.
     return torch.linalg.matrix_rank(product, rtol=max(delta.shape) * torch.finfo(delta.dtype).eps).item() <= rank
 
@@ -361,6 +361,6 @@ def _lesson(dataset: TensorDataset, settings: Settings) -> TensorDataset:
         raise ValueError(f"share is {settings.share}; with {len(chosen)} images of {settings.digit} that asks for {wanted:,} others, "
                          f"and there are {len(others):,}. Choose a smaller share.")  # fmt: skip
     generator = torch.Generator().manual_seed(settings.seed)
-    others = others[torch.randperm(len(others), generator=generator)[:wanted].to(others.device)]
+    others = others[torch.randperm(len(others), generator=generator, device="cpu")[:wanted].to(others.device)]
     parts = zip(chosen.tensors, (images[others], labels[others]))
     return TensorDataset(*(torch.cat(part) for part in parts))

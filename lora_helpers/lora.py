@@ -64,14 +64,15 @@ class LoRAParametrization(nn.Module):
         _check_name(name)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator is {generator!r}; it must be a torch.Generator, such as torch.Generator().manual_seed(0).")
-        a = torch.randn(rank, in_features, dtype=dtype, generator=generator).to(device)
+        device = torch.get_default_device() if device is None else device
+        a = torch.randn(rank, in_features, dtype=dtype, generator=generator, device="cpu").to(device)
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         self.rank, self.rank_stabilised = rank, rank_stabilised
         self.alpha = alpha if isinstance(alpha, int) else float(alpha)  # a NumPy float64 is a float too, and prints otherwise
         self.name = name
         self.enabled = self.active = True
-        if not 0 < torch.tensor(self.scale, dtype=a.dtype) < math.inf:
+        if not 0 < torch.tensor(self.scale, dtype=a.dtype, device="cpu") < math.inf:
             raise ValueError(f"alpha is {alpha}, so the scale is {self.scale:g}, which {a.dtype} cannot hold; choose an alpha nearer to 1.")
 
     @property

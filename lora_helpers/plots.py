@@ -100,7 +100,7 @@ def show_digits(dataset: TensorDataset, indices=None, titles=None) -> Picture:
     names = titles or [str(labels[index].item()) for index in indices]
     figure = Picture(f"Digits: {', '.join(names)}", figsize=(max(1.1 * len(indices), 2), 1.5))
     for place, (axes, index) in enumerate(zip(figure.subplots(1, len(indices), squeeze=False)[0], indices)):
-        axes.imshow(images[index].reshape(28, 28), cmap="gray_r")
+        axes.imshow(images[index].reshape(28, 28).cpu().numpy(), cmap="gray_r")
         axes.set_title(names[place], fontsize=10)
         axes.axis("off")
     return figure
@@ -114,7 +114,7 @@ def plot_losses(losses: list[float], window: int = 50) -> Picture:
         TypeError: `losses` is no list of numbers.
     """
     try:
-        values = torch.tensor([float(loss) for loss in losses])
+        values = torch.tensor([float(loss) for loss in losses], device="cpu")
     except (TypeError, ValueError):
         raise TypeError(f"losses is {losses!r}; it must be the list that train returns: losses = train(net, mnist.train).") from None
     if not len(values):
@@ -140,7 +140,7 @@ def plot_confusion(result: Evaluation) -> Picture:
     wrong = result.confusion.clone().fill_diagonal_(0)
     figure = Picture(f"Confusion matrix; wrong answers of digits 0 to 9: {result.wrong_counts}", figsize=(4.8, 4.4))
     axes = figure.subplots()
-    image = axes.imshow(wrong, cmap="Blues")
+    image = axes.imshow(wrong.numpy(), cmap="Blues")
     for true, row in enumerate(wrong.tolist()):
         for answer, count in enumerate(row):
             if count:

@@ -127,14 +127,14 @@ class FirstStep:
 def low_rank_gradient(out_features: int = 2000, in_features: int = 1000, rank: int = 10, seed: int = 0) -> torch.Tensor:
     """A random gradient of a given rank, out_features × in_features, float32: a batch of 10 gives at most rank 10."""
     generator = torch.Generator().manual_seed(seed)
-    left, right = torch.randn(out_features, rank, generator=generator), torch.randn(rank, in_features, generator=generator)
-    return left @ right / rank**0.5
+    left, right = (torch.randn(*shape, generator=generator, device="cpu") for shape in ((out_features, rank), (rank, in_features)))
+    return (left @ right / rank**0.5).to(torch.get_default_device())
 
 
 def weight_gradient(net: RichBoyNet, dataset: TensorDataset, layer: str = "linear2", batch_size: int = 10, seed: int = 0) -> torch.Tensor:
     """G, the gradient of the loss with respect to the weight of `layer`, on one random batch of `dataset`."""
     images, labels = as_tensors(dataset)
-    batch = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:batch_size]
+    batch = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed), device="cpu")[:batch_size]
     weight = net.get_submodule(layer).weight
     loss = F.cross_entropy(net(images[batch].to(weight.device)), labels[batch].to(weight.device))
     return torch.autograd.grad(loss, weight)[0]
@@ -159,7 +159,7 @@ def first_steps(
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         for rank in ranks:
-            a = a_std * torch.randn(rank, gradient.shape[1], generator=generator, dtype=gradient.dtype).to(gradient.device)
+            a = a_std * torch.randn(rank, gradient.shape[1], generator=generator, dtype=gradient.dtype, device="cpu").to(gradient.device)
             projected = gradient @ a.T
             for rule, rule_of in RULES.items():
                 scale = rule_of(rank)
@@ -389,7 +389,7 @@ def spectra(base: nn.Module, updates: dict[str, torch.Tensor]) -> dict[str, dict
     generator = torch.Generator().manual_seed(0)
     table = {}
     for name, delta in updates.items():
-        matrices = {"ΔW": delta, "W": base.get_submodule(name).weight.detach(), "random": torch.randn(delta.shape, generator=generator)}
+        matrices = {"ΔW": delta, "W": base.get_submodule(name).weight.detach(), "random": torch.randn(delta.shape, generator=generator, device="cpu")}
         table[name] = {kind: torch.linalg.svdvals(matrix).cpu() for kind, matrix in matrices.items()}
     return table
 
@@ -439,7 +439,7 @@ class Curve:
 
 def shuffled_pixels(mnist: Mnist, seed: int = 0) -> Mnist:
     """The same digits with their pixels in another order, one order for all: all is to be learned anew, at a high rank."""
-    order = torch.randperm(28 * 28, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(28 * 28, generator=torch.Generator().manual_seed(seed), device="cpu")
     parts = [TensorDataset(x.flatten(1)[:, order].view_as(x), y) for x, y in (mnist.train.tensors, mnist.test.tensors)]
     return Mnist(*parts, mnist.source)
 
@@ -572,7 +572,7 @@ def _train_together(
 def _order(size: int, seed: int, batch_size: int = 10) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(size, generator=generator).split(batch_size)
+        yield from torch.randperm(size, generator=generator, device="cpu").split(batch_size)
 
 
 def _exact(optimizer: str, eps: float) -> Callable[..., torch.optim.Optimizer]:
@@ -582,7 +582,7 @@ def _exact(optimizer: str, eps: float) -> Callable[..., torch.optim.Optimizer]:
 @torch.no_grad()
 def _draw(parameter: nn.Parameter, initialise: Callable, generator: torch.Generator) -> None:
     # On the CPU, so that a seed gives one adapter on every device.
-    parameter.copy_(initialise(torch.empty(parameter.shape, dtype=parameter.dtype), generator=generator))
+    parameter.copy_(initialise(torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu"), generator=generator))
 
 
 def mean_cosine(adapter: LoRAParametrization) -> float:

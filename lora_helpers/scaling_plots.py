@@ -182,7 +182,7 @@ def plot_curves(curves: Sequence[Curve], window: int = 20) -> Picture:
         for curve in [c for c in curves if (c.setting.optimizer, c.setting.rule) == (optimizer, rule)]:
             color, marker, line = looks[curve.setting.rank]
             for row, values in enumerate((curve.losses, curve.gradients)):
-                smooth = torch.tensor(values).unfold(0, window, 1).mean(dim=1)
+                smooth = torch.tensor(values, device="cpu").unfold(0, window, 1).mean(dim=1)
                 axes[row, column].plot(range(window, len(values) + 1), smooth, line, color=color, marker=marker, markevery=0.2, label=f"r = {curve.setting.rank}")
             said.append(
                 f"{optimizer}, {_NAMES[rule]}, rank {curve.setting.rank}: "

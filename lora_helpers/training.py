@@ -31,7 +31,7 @@ class Evaluation:
 
     Attributes:
         confusion: int64, 10×10; row = the true digit, column = the network's answer.
-        predictions: int64, N; the answers, in the dataset's order.
+        predictions: int64, N; the answers, in the dataset's order and on its device.
     """
 
     confusion: torch.Tensor
@@ -177,9 +177,9 @@ def count_answers(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) ->
     """`evaluate` without its checks, so that the images may bring their products along (see `with_first_products`)."""
     weight = next(net.parameters(), images)  # a network without parameters takes the images as they are
     with _mode(net, training=False):
-        predictions = torch.cat([_logits(net, part.to(weight)).argmax(dim=1).cpu() for part in images.split(500)])
-    pairs = labels.cpu() * 10 + predictions
-    return Evaluation(torch.bincount(pairs, minlength=100).reshape(10, 10), predictions)
+        predictions = torch.cat([_logits(net, part.to(weight)).argmax(dim=1) for part in images.split(500)])
+    predictions = predictions.to(labels.device)
+    return Evaluation(torch.bincount(labels * 10 + predictions, minlength=100).reshape(10, 10).cpu(), predictions)
 
 
 def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> RichBoyNet:
@@ -187,7 +187,7 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
 
     The recipe: Adam, learning rate 0.001, batches of 10, `mnist.pretraining_epochs` passes.
     The cache is keyed by recipe, data, seed, number of threads, and the versions of PyTorch and of this package.
-    The network is float32, whatever PyTorch's default dtype or that of the images. PyTorch's global random stream is left as it was.
+    It is trained on the CPU and comes on PyTorch's default device, float32, whatever PyTorch's default dtype or that of the images. PyTorch's global random stream is left as it was.
 
     Raises:
         TypeError: `mnist` is no `Mnist`, or its training part no `TensorDataset` of images and labels.
@@ -199,18 +199,19 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
     # The key is made from what is trained on: images of another dtype, or with gradients, have no bytes that could be read.
     dataset = TensorDataset(images.detach().to("cpu", torch.float32), labels.cpu())
     name = f"base-{mnist.source}-{_fingerprint(dataset, mnist.pretraining_epochs, seed)}"
-    with _float32_by_default():
+    device = torch.get_default_device()
+    with _float32_by_default(), torch.device("cpu"):  # so that a seed gives one base on every device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = RichBoyNet()
         state = load_tensors(name, like=net.state_dict())
         if state is not None:
             net.load_state_dict(state)
-            return net
+            return net.to(device)
         train(net, dataset, epochs=mnist.pretraining_epochs, seed=seed, progress=progress)
     if all_finite(net.parameters()):  # else `train` has warned that it diverged
         save_tensors(name, net.state_dict())
-    return net
+    return net.to(device)
 
 
 @contextmanager
@@ -317,9 +318,9 @@ def _drawn(
 def _batches(size: int, batch_size: int, seed: int | None):
     """Indices of shuffled batches, pass after pass without end; a pass may end in a smaller batch."""
     generator = torch.Generator()
-    generator.manual_seed(torch.randint(2**31, ()).item() if seed is None else seed)
+    generator.manual_seed(torch.randint(2**31, (), device="cpu").item() if seed is None else seed)
     while True:
-        yield from torch.randperm(size, generator=generator).split(batch_size)
+        yield from torch.randperm(size, generator=generator, device="cpu").split(batch_size)
 
 
 def _fingerprint(dataset: TensorDataset, epochs: int, seed: int) -> str:

@@ -97,7 +97,7 @@ class ProbabilityPicture(LivePicture):
     def update(self, image: torch.Tensor, base: torch.Tensor, adapted: torch.Tensor, label: str, summary: str) -> "ProbabilityPicture":
         """Shows `image` (1×28×28, normalised) and two times ten probabilities; returns the picture itself."""
         self.describe(summary)
-        self._image.set_data((image.squeeze() * STD + MEAN).numpy())
+        self._image.set_data((image.squeeze() * STD + MEAN).cpu().numpy())
         self._label.set_text(label)
         for bars, values, peak, aside in zip(self._bars, (base, adapted), self._peaks, (-0.03, 0.03)):
             for bar, value in zip(bars, values.tolist()):
@@ -262,7 +262,7 @@ class DigitPad(Panel):
                 if index >= 0:
                     pixels = 255 * (1 - (self._images[index].squeeze() * STD + MEAN).clamp(0, 1))
                     grey = pixels.byte().repeat_interleave(CANVAS // SIDE, dim=0).repeat_interleave(CANVAS // SIDE, dim=1)
-                    self.canvas.put_image_data(grey.unsqueeze(-1).repeat(1, 1, 3).numpy(), 0, 0)
+                    self.canvas.put_image_data(grey.unsqueeze(-1).repeat(1, 1, 3).cpu().numpy(), 0, 0)
             except BaseException as error:
                 stopped = error
         if stopped:

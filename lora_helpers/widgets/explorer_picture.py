@@ -161,11 +161,11 @@ class ExplorerPicture(LivePicture):
 
     def _update_strip(self, strip, indices, words, result, enabled):
         heading, image, answers = strip
-        places = torch.linspace(0, len(indices) - 1, min(STRIP, len(indices))).round().long()
+        places = torch.linspace(0, len(indices) - 1, min(STRIP, len(indices)), device=indices.device).round().long()
         chosen = indices[places].tolist()
         mosaic = np.zeros((28, 28 * STRIP))
         for n, index in enumerate(chosen):
-            pixels = self._images[index].squeeze().numpy()
+            pixels = self._images[index].squeeze().cpu().numpy()
             mosaic[:, 28 * n : 28 * n + 28] = (pixels - pixels.min()) / (pixels.max() - pixels.min())
         changes = [f"{result.off.predictions[index]} → {result.on.predictions[index]}" for index in chosen]
         answers.write((28 * n + 13.5, 33, change, "black") for n, change in enumerate(changes))

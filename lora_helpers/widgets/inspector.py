@@ -50,8 +50,8 @@ def inspect(layer: nn.Linear, *, rank: int = 1, alpha: float = 1, steps: int = 5
         rank, alpha: as in `add_lora`. steps: from 0, at which B is still zero. seed: of the task and of A.
     """
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(64, layer.in_features, generator=generator)
-    targets = F.linear(inputs, torch.randn(layer.weight.shape, generator=generator))
+    inputs, weight = (torch.randn(*shape, generator=generator, device="cpu").to(layer.weight) for shape in ((64, layer.in_features), layer.weight.shape))
+    targets = F.linear(inputs, weight)
     net = nn.Sequential(copy.deepcopy(layer))
     freeze_base(add_lora(net, rank=rank, alpha=alpha, generator=generator))
     (adapter,) = lora_layers(net)["0"]
@@ -147,7 +147,7 @@ class ParametrizationInspector(Panel):
             raise TypeError(f"layer holds {layer.weight.dtype}; it must hold torch.float32: call layer.float() first.")
         if not all(MAX_RANK <= side <= 8 for side in layer.weight.shape):
             raise ValueError(f"The weight is {tuple(layer.weight.shape)}; both sides must be {MAX_RANK} to 8 for its numbers to be read.")
-        self._layer = copy.deepcopy(layer)
+        self._layer = copy.deepcopy(layer).cpu()  # so small a one is quickest there
         rank_tip, alpha_tip, steps_tip = "rank r: rows of A, columns of B", "α: the update is scaled by α/r", "steps of training; at 0, B = 0"
         slider = {"readout": False, "continuous_update": False, "layout": widgets.Layout(width="190px")}
         self.rank_slider = widgets.IntSlider(self.rank, min=1, max=MAX_RANK, tooltip=rank_tip, **slider)
