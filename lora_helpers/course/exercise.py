@@ -212,7 +212,7 @@ def numbers(value) -> torch.Tensor:
     try:
         if isinstance(value, (bool, str)):
             raise TypeError
-        return torch.as_tensor(value if not isinstance(value, (list, tuple)) else [_plain(v) for v in value], dtype=torch.float64)
+        return torch.as_tensor(_plain(value), dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         quotes = " Without the quotes it is one." if isinstance(value, str) and value.strip().replace(".", "", 1).isdigit() else ""
         raise Uncheckable(f"Numbers are asked for; this is {kind_of(value)}: {_short(value)}.{quotes}") from None
@@ -285,6 +285,8 @@ def _about_name(error: NameError) -> str:
 
 
 def _plain(value):
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
     return value.tolist() if isinstance(value, torch.Tensor) else value
 
 

@@ -122,8 +122,11 @@ def _cores() -> Check:
 
 
 def _device() -> str:
+    device = torch.get_default_device()
+    if device.type == "cuda":
+        return f"GPU ({torch.cuda.get_device_name(device)})"
     if torch.cuda.is_available():
-        return f"CPU; there is a GPU too ({torch.cuda.get_device_name()}): move the network with net.to('cuda') if you like"
+        return f"CPU; there is a GPU too ({torch.cuda.get_device_name()}), and LORA_DEVICE=cuda uses it, but so small a network gains little"
     return "CPU, which is all that the notebooks need"
 
 
