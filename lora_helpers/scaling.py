@@ -34,7 +34,7 @@ RULES = {"α": lambda rank: 1.0, "α/√r": lambda rank: rank**-0.5, "α/r": lam
 OPTIMIZERS = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
 STARTS = {"normal": "A ~ N(0, 1)", "kaiming": "A ~ Kaiming-uniform"}
 ALPHAS, FACTORS = (0.25, 1, 4, 16), (1 / 16, 1 / 4, 1, 4)  # of the grid; the factors are on the usual learning rates
-TOGETHER = 16  # adapters trained side by side, at most
+TOGETHER = 32  # adapters trained side by side, at most
 
 
 def alpha_for(rule: str, rank: int, strength: float = 1.0) -> float:
@@ -266,7 +266,7 @@ def sweep(
 
     Args:
         at: after which batches ΔW is measured, besides the last.
-        directions: D for each layer, of the weight's shape.
+        directions: D for each layer, of the weight's shape; the part of ΔW along it is measured after the last batch.
         known: runs of earlier sweeps with the same base, images, batches and digit, measured at least as asked for here; they are
             not trained again.
     """
@@ -285,8 +285,9 @@ def sweep(
 
             def measure(batch: int) -> None:
                 if batch in wanted:
+                    along = directions if directions and batch == batches else {}
                     for net, size in zip(nets, sizes):
-                        size[batch] = {name: _size(adapter, (directions or {}).get(name)) for name, adapter in _adapters(net).items()}
+                        size[batch] = {name: _size(adapter, along.get(name)) for name, adapter in _adapters(net).items()}
 
             losses = _train_together(nets, chunk, only_digit(mnist.train, digit), batches, measure)
             for setting, net, size, own in zip(chunk, nets, sizes, losses):
