@@ -15,7 +15,7 @@ from lora_helpers.model import LAYERS, RichBoyNet
 
 
 def check_copies(nets: Sequence[nn.Module]) -> None:
-    """Refuses what `losses_and_gradients` cannot compute together.
+    """Refuses what `Backpropagation` cannot compute together.
 
     Raises:
         ValueError: there is no network, or one twice; two share an adapter, or one has none to train; they do not have LoRA on the
@@ -32,7 +32,7 @@ def check_copies(nets: Sequence[nn.Module]) -> None:
     if len(set(nets)) < len(nets):
         raise ValueError("nets holds one network twice; each must be a copy of its own: make it with copy.deepcopy(base).")
     names = list(lora_layers(nets[0]))
-    if not names or any(list(lora_layers(net)) != names or not _same_base(net, nets[0]) for net in nets):
+    if not names or any(list(lora_layers(net)) != names or not _same_base(net, nets[0]) for net in nets[1:]):
         raise ValueError("The networks must be copies of one base, with LoRA on the same layers; make each with copy.deepcopy(base).")
     parameters = [id(p) for net in nets for p in lora_parameters(net)]
     if len(set(parameters)) < len(parameters):
@@ -50,9 +50,8 @@ def check_copies(nets: Sequence[nn.Module]) -> None:
             )
 
 
-@torch.no_grad()
-def losses_and_gradients(nets: Sequence[RichBoyNet], images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The loss of each of `nets`, and its gradients as `.grad` of every trainable A and B, as autograd leaves them but for rounding.
+class Backpropagation:
+    """The losses of adapters on copies of one frozen base, and their gradients, without autograd: made once for a training.
 
     Without autograd's graph a step is quicker, and copies of one base share its large products. For a layer with input x,
     s = α/r and output z = x Wᵀ + b + s (x Aᵀ) Bᵀ, the chain rule makes of D = ∂L/∂z
@@ -62,37 +61,51 @@ def losses_and_gradients(nets: Sequence[RichBoyNet], images: torch.Tensor, label
     and begins, behind the last layer, with D = (softmax(z) − one-hot label) / images.
 
     Args:
-        nets: such as `check_copies` lets pass.
-        images: a block of rows for each network, all of one length; N×1×28×28, N×784, or as `with_first_products` gives them.
-        labels: int64, N.
-
-    Returns:
-        len(nets) losses, each the mean over the network's own rows.
+        nets: such as `check_copies` lets pass. Which adapters are in use, and their scales, must stay so.
 
     Source: Goodfellow, Bengio and Courville, Deep Learning (2016), section 6.5; Hu et al., arXiv 2106.09685, equation (3).
     """
-    blocks = len(nets)
-    first, second, third = (_Layer([net.get_submodule(name) for net in nets]) for name in LAYERS)
-    x, product = images.flatten(start_dim=1), None
-    if x.shape[1] > first.in_features:
-        x, product = x.split((first.in_features, first.out_features), dim=1)
-        product = product.reshape(blocks, -1, first.out_features).clone()
-    x, labels = x.reshape(blocks, -1, first.in_features), labels.view(blocks, -1, 1)
 
-    hidden_1 = first.forward(x, product).relu_()
-    hidden_2 = second.forward(hidden_1).relu_()
-    log_probabilities = F.log_softmax(third.forward(hidden_2), dim=2)
-    losses = -log_probabilities.gather(2, labels).mean(dim=(1, 2))
+    def __init__(self, nets: Sequence[RichBoyNet]):
+        self._copies = len(nets)
+        self._layers = [_Layer([net.get_submodule(name) for net in nets]) for name in LAYERS]
 
-    D = log_probabilities.exp()
-    D.scatter_add_(2, labels, -torch.ones_like(labels, dtype=D.dtype)).div_(labels.shape[1])
-    third.set_gradients(D)
-    if second.adapted or first.adapted:
-        D = third.backward(D).mul_(hidden_2 > 0)
-        second.set_gradients(D)
-    if first.adapted:
-        first.set_gradients(second.backward(D).mul_(hidden_1 > 0))
-    return losses
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The losses, and the gradients as `.grad` of every trainable A and B, as autograd leaves them but for rounding.
+
+        Args:
+            images: a block of rows for each network, all of one length; N×1×28×28, N×784, or as `with_first_products` gives them.
+            labels: int64, N.
+
+        Returns:
+            A loss for each network, the mean over its own rows.
+        """
+        first, second, third = self._layers
+        x, product = images.flatten(start_dim=1), None
+        if x.shape[1] > first.in_features:
+            x, product = x.split((first.in_features, first.out_features), dim=1)
+            product = self._blocks(product).clone()
+        x, labels = self._blocks(x), self._blocks(labels.unsqueeze(1))
+
+        hidden_1 = first.forward(x, product).relu_()
+        hidden_2 = second.forward(hidden_1).relu_()
+        log_probabilities = F.log_softmax(third.forward(hidden_2), dim=-1)
+        losses = -log_probabilities.gather(-1, labels).mean(dim=(-2, -1))
+
+        D = log_probabilities.exp()
+        D.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=D.dtype)).div_(labels.shape[-2])
+        third.set_gradients(D)
+        if second.adapted or first.adapted:
+            D = third.backward(D).mul_(hidden_2 > 0)
+            second.set_gradients(D)
+        if first.adapted:
+            first.set_gradients(second.backward(D).mul_(hidden_1 > 0))
+        return losses.flatten()
+
+    def _blocks(self, rows: torch.Tensor) -> torch.Tensor:
+        # One network alone has no dimension of its own: for small matrices each further view is felt.
+        return rows if self._copies == 1 else rows.unflatten(0, (self._copies, -1))
 
 
 class _Layer:
@@ -107,11 +120,13 @@ class _Layer:
         if self.adapted:
             adapters = [next(a for a in copy.parametrizations.weight if a.applied) for copy in copies]
             for _, some in groupby(adapters, key=lambda adapter: len(adapter.lora_A)):
-                self._groups.append(_Neighbours(start, list(some)))
-                start = self._groups[-1].rows.stop
+                neighbours = list(some)
+                rows = slice(start, start + len(neighbours)) if len(copies) > 1 else ...
+                self._groups.append(_Neighbours(rows, neighbours))
+                start += len(neighbours)
 
     def forward(self, x: torch.Tensor, product: torch.Tensor | None = None) -> torch.Tensor:
-        z = frozen_linear(x.flatten(0, 1), self.weight, self.bias).view(*x.shape[:2], -1) if product is None else product
+        z = frozen_linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1) if product is None else product
         for group in self._groups:
             group.add_update(z, x)
         return z
@@ -122,34 +137,47 @@ class _Layer:
 
     def backward(self, D: torch.Tensor) -> torch.Tensor:
         """∂L/∂x; `set_gradients` must have been called."""
-        gradient = frozen_backward(D.flatten(0, 1), self.weight).view(*D.shape[:2], -1)
+        gradient = frozen_backward(D.flatten(0, -2), self.weight).view(*D.shape[:-1], -1)
         for group in self._groups:
             group.add_backwards(gradient)
         return gradient
 
 
 class _Neighbours:
-    """The adapters on one layer of neighbouring networks, all of one rank r: n × r × in_features, n × out_features × r."""
+    """The adapters on one layer of neighbouring networks, all of one rank r: n × r × in_features, n × out_features × r.
 
-    def __init__(self, start: int, adapters: list[LoRAParametrization]):
-        self.rows, self._adapters = slice(start, start + len(adapters)), adapters
-        self._A, self._B = _stack([a.lora_A for a in adapters]), _stack([a.lora_B for a in adapters])
-        self._scale = self._B.new_tensor([a.scale for a in adapters]).view(-1, 1, 1)
+    That of one network alone has no first dimension, and its rows are all there are.
+    """
+
+    def __init__(self, rows, adapters: list[LoRAParametrization]):
+        self._rows, self._adapters, self._alone = rows, adapters, rows is ...
+        scales = [adapter.scale for adapter in adapters]
+        self._scale = scales[0] if self._alone else adapters[0].lora_B.new_tensor(scales).view(-1, 1, 1)
 
     def add_update(self, z: torch.Tensor, x: torch.Tensor) -> None:
-        self._x = x[self.rows]
-        self._inner = self._scale * (self._x @ self._A.mT)
-        z[self.rows].baddbmm_(self._inner, self._B.mT)
+        self._A, self._B = self._stack([a.lora_A for a in self._adapters]), self._stack([a.lora_B for a in self._adapters])
+        self._x = x[self._rows]
+        self._inner = (self._x @ self._A.mT).mul_(self._scale)
+        _add_product(z[self._rows], self._inner, self._B.mT)
 
     def set_gradients(self, D: torch.Tensor) -> None:
-        self._back = self._scale * (D[self.rows] @ self._B)
-        for adapter, for_A, for_B in zip(self._adapters, self._back.mT @ self._x, D[self.rows].mT @ self._inner):
+        D = D[self._rows]
+        self._back = (D @ self._B).mul_(self._scale)
+        pairs = self._back.mT @ self._x, D.mT @ self._inner
+        for adapter, for_A, for_B in zip(self._adapters, *([found] if self._alone else found for found in pairs)):
             for parameter, gradient in ((adapter.lora_A, for_A), (adapter.lora_B, for_B)):
                 if parameter.requires_grad:
                     parameter.grad = gradient
 
     def add_backwards(self, gradient: torch.Tensor) -> None:
-        gradient[self.rows].baddbmm_(self._back, self._A)
+        _add_product(gradient[self._rows], self._back, self._A)
+
+    def _stack(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[0] if self._alone else torch.stack(tensors)
+
+
+def _add_product(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
+    (total.addmm_ if total.ndim == 2 else total.baddbmm_)(one, other)
 
 
 def _is_plain(net: nn.Module) -> bool:
@@ -164,12 +192,8 @@ def _is_plain(net: nn.Module) -> bool:
         all(has_only_lora(layer) if name in adapted else type(layer) is nn.Linear and "forward" not in vars(layer) for name, layer in layers.items())
         and all(sum(adapter.applied for adapter in stack) == 1 for stack in adapted.values())
         and all(p.is_contiguous() for p in lora_parameters(net))
+        and layers["linear3"].out_features == 10
     )
-
-
-def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
-    # One alone need not be copied.
-    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
 
 def _base(net: nn.Module) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ def with_first_products(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Those weights do not change, so x Wᵀ + b can be computed for many images in one product, which costs a fraction of what
     it costs batch by batch. Only of a `RichBoyNet` is it known that its first layer sees the images as they are, and a
     hook must not see anything else: otherwise the images are given back as they came. The products are understood in a
-    `factorised` block and by `losses_and_gradients`, nowhere else.
+    `factorised` block and by `Backpropagation`, nowhere else.
 
     Args:
         images: N×1×28×28 or N×784.

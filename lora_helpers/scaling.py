@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
-from lora_helpers.backpropagation import losses_and_gradients
+from lora_helpers.backpropagation import Backpropagation
 from lora_helpers.data import Mnist, as_tensors, load_mnist, only_digit
 from lora_helpers.factorisation import factorised, with_first_products
 from lora_helpers.lora import LoRAParametrization, add_lora, count_parameters, freeze_base, frozen_twin, lora_layers
@@ -555,7 +555,7 @@ def _train_together(
     for own, setting in zip(parts, settings):
         groups.setdefault((setting.optimizer, setting.lr), []).extend(own)
     optimizers = [make_optimizer(_choice("optimizer", name, OPTIMIZERS), group, lr) for (name, lr), group in groups.items()]
-    losses = torch.zeros(batches, len(nets), device=device)
+    backpropagate, losses = Backpropagation(nets), torch.zeros(batches, len(nets), device=device)
     orders = zip(*(_order(len(labels), setting.seed) for setting in settings))
     if len(images) <= 10 * batches * len(nets):  # else most of them are never drawn
         images = with_first_products(nets[0], images)
@@ -563,7 +563,7 @@ def _train_together(
         rows = torch.cat(chosen).to(device)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        losses[batch] = losses_and_gradients(nets, images[rows], labels[rows])
+        losses[batch] = backpropagate(images[rows], labels[rows])
         for optimizer in optimizers:
             optimizer.step()
         after_batch(batch + 1)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from itertools import islice
 
@@ -17,7 +18,7 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from lora_helpers import __version__
-from lora_helpers.backpropagation import check_copies, losses_and_gradients
+from lora_helpers.backpropagation import Backpropagation, check_copies
 from lora_helpers.cache import load_tensors, save_tensors
 from lora_helpers.checks import LARGEST_SEED, all_finite, check_network, check_positive, check_whole
 from lora_helpers.data import Mnist, as_tensors, check_mnist
@@ -76,8 +77,8 @@ def train(
 ) -> list[float]:
     """Trains the trainable parameters of `net` on cross-entropy, in shuffled batches.
 
-    LoRA is computed in its factorised form (see `factorised`), which is faster and changes only rounding. Images are moved to the
-    network's device and dtype. `net` is in training mode meanwhile. An interrupt leaves it usable, trained as far as it came. Where
+    LoRA is computed in its factorised form (see `factorised`), and on a frozen `RichBoyNet` its gradients are written out (see
+    `Backpropagation`), which is faster and changes only rounding. Images are moved to the network's device and dtype. `net` is in training mode meanwhile. An interrupt leaves it usable, trained as far as it came. Where
     the loss ends as NaN or infinite, a warning says so.
 
     Args:
@@ -87,7 +88,7 @@ def train(
             dataset is gone round again.
         seed: of the order of the images; None draws one from PyTorch's global random stream.
         progress: shows a tqdm bar with the running mean loss.
-        after_batch: called after each batch with the number of batches done, from 1.
+        after_batch: called after each batch with the number of batches done, from 1; it may look at the network, not change it.
         optimizer_class: such as `torch.optim.SGD`, used with PyTorch's defaults but for `lr`.
 
     Returns:
@@ -105,16 +106,18 @@ def train(
         check_whole("max_batches", max_batches)
     images, labels = _checked(dataset, lr, seed, epochs=epochs, batch_size=batch_size)
     trainable = _trainable(net)
+    if not torch.is_grad_enabled():
+        raise ValueError("Gradients are off, so nothing can be trained; train outside torch.no_grad() and torch.inference_mode().")
     device = trainable[0].device
     images, labels = images.to(trainable[0]), labels.to(device)
     steps = max_batches or epochs * -(-len(labels) // batch_size)
-    optimizer = make_optimizer(optimizer_class, trainable, lr)
+    optimizer, backpropagate = make_optimizer(optimizer_class, trainable, lr), _written_out(net) or partial(_by_autograd, net)
     losses = torch.zeros(steps, device=device)
     with _mode(net, training=True), factorised(net), tqdm(total=steps, disable=not progress, unit="batch") as bar:
         for step, (x, digits) in zip(range(steps), _drawn(net, images, labels, batch_size, seed)):
-            loss = F.cross_entropy(_logits(net, x), digits)
-            _step(optimizer, loss)
-            losses[step] = loss.detach()
+            optimizer.zero_grad()
+            losses[step] = backpropagate(x, digits)
+            optimizer.step()
             if progress and (step + 1) % 50 == 0:  # reading a loss makes the device wait
                 bar.set_postfix(loss=f"{losses[: step + 1].mean().item():.3f}", refresh=False)
             bar.update()
@@ -138,7 +141,7 @@ def train_side_by_side(
     """Trains the adapters of several copies of one base on the same batches, in one pass.
 
     Each ends as `train(net, dataset, max_batches=…, seed=seed)` leaves it, but for rounding; in less time than one
-    after the other, since the frozen weights are multiplied once for all (see `losses_and_gradients`).
+    after the other, since the frozen weights are multiplied once for all (see `Backpropagation`).
 
     Raises:
         ValueError: as of `train`; there is no network, or one twice; they are not `RichBoyNet`s that are copies of one frozen base, each
@@ -148,11 +151,11 @@ def train_side_by_side(
     images, labels = _checked(dataset, lr, seed, batch_size=batch_size, max_batches=max_batches)
     check_copies(nets)
     trainable = _trainable(*nets)
-    optimizer = _Adam(trainable, lr)
+    optimizer, backpropagate = _Adam(trainable, lr), Backpropagation(nets)
     images, labels = images.to(trainable[0]), labels.to(trainable[0].device)
     for batch, (x, digits) in zip(range(max_batches), _drawn(nets[0], images, labels, batch_size, seed)):
         optimizer.zero_grad()
-        losses_and_gradients(nets, torch.cat([x] * len(nets)), digits.repeat(len(nets)))
+        backpropagate(torch.cat([x] * len(nets)), digits.repeat(len(nets)))
         optimizer.step()
         if after_batch:
             after_batch(batch + 1)
@@ -262,17 +265,24 @@ def _logits(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _step(optimizer: "torch.optim.Optimizer | _Adam", loss: torch.Tensor) -> None:
-    if not torch.is_grad_enabled():
-        raise ValueError("Gradients are off, so nothing can be trained; train outside torch.no_grad() and torch.inference_mode().")
+def _written_out(net: nn.Module) -> Backpropagation | None:
+    """How the gradients of `net` are found without autograd, where that can be done."""
+    try:
+        check_copies([net])
+    except ValueError:
+        return None
+    return Backpropagation([net])
+
+
+def _by_autograd(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    loss = F.cross_entropy(_logits(net, images), labels)
     if not loss.requires_grad:
         raise ValueError(
             "Nothing that is trainable takes part in the network's answers. If LoRA is off, call set_lora_enabled(net, True); "
             "if another adapter is in use, call freeze_base(net), which makes that one trainable."
         )
-    optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
+    return loss.detach()
 
 
 def make_optimizer(wanted: Callable, trainable: list[nn.Parameter], lr: float) -> "torch.optim.Optimizer | _Adam":

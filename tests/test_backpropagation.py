@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lora_helpers import RichBoyNet, add_lora, freeze_base, load_mnist, only_digit, remove_lora, set_lora_enabled, train, train_side_by_side
-from lora_helpers.backpropagation import check_copies, losses_and_gradients
+from lora_helpers.backpropagation import Backpropagation, check_copies
 from lora_helpers.factorisation import frozen_backward, frozen_linear, with_first_products
 from lora_helpers.lora import lora_layers
 
@@ -37,7 +37,7 @@ def by_autograd(nets, images, labels):
 
 def check_gradients(nets, images, labels, given=None):
     expected = by_autograd(nets, images, labels)
-    losses = losses_and_gradients(nets, images if given is None else given, labels)
+    losses = Backpropagation(nets)(images if given is None else given, labels)
     for net, loss, (its_loss, gradients) in zip(nets, losses.tolist(), expected):
         assert loss == pytest.approx(its_loss, rel=1e-12)
         now = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
@@ -102,6 +102,24 @@ def test_each_ends_where_it_would_alone():
             assert torch.allclose(p, q, rtol=1e-3, atol=1e-4), name
 
 
+class OwnNet(RichBoyNet):
+    """What its class computes is not known, so it is trained by autograd."""
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.SGD])
+def test_written_out_a_training_ends_where_autograd_does(optimizer_class, monkeypatch):
+    digits = only_digit(load_mnist("sample").train, 9)
+    for net in twins((2, 1), (4, 2), dtype=torch.float32):
+        twin = copy.deepcopy(net)
+        twin.__class__ = OwnNet
+        its_losses = train(twin, digits, max_batches=8, seed=0, progress=False, optimizer_class=optimizer_class)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "backward", lambda *_, **__: pytest.fail("autograd"))
+            losses = train(net, digits, max_batches=8, seed=0, progress=False, optimizer_class=optimizer_class)
+        assert losses == pytest.approx(its_losses, rel=1e-4)
+        assert all(torch.allclose(p, q, rtol=1e-3, atol=1e-4) for p, q in zip(net.parameters(), twin.parameters()))
+
+
 def change(what):
     """Twins of one base, of which one is then changed."""
     nets = twins((2, 1), (2, 1))
@@ -147,6 +165,10 @@ def change(what):
     elif what == "a parametrization of another kind":
         adapter = nets[1].linear1.parametrizations.weight[0]
         adapter.__class__ = type("Own", (type(adapter),), {})
+    elif what == "other outputs":
+        for net in nets:
+            net.linear3 = torch.nn.Linear(40, 5).double().requires_grad_(False)
+            net.linear3.weight.data.zero_(), net.linear3.bias.data.zero_()
     elif what == "another class":
         nets[1].__class__ = type("OwnNet", (RichBoyNet,), {})
     return nets
@@ -171,6 +193,7 @@ REFUSED = {
     "a shared adapter": "share an adapter",
     "nothing to train": "nothing to train",
     "a parametrization of another kind": "train each by itself",
+    "other outputs": "train each by itself",
     "another class": "train each by itself",
 }
 

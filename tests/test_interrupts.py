@@ -95,10 +95,15 @@ def is_whole(net):
     return not any("forward" in vars(module) for module in net.modules())
 
 
-TRAINING = ["torch.nn.functional.cross_entropy", "torch.autograd.backward", "lora_helpers.training.adam"]
+TRAINING = ["torch.nn.functional.log_softmax", "lora_helpers.backpropagation.frozen_backward", "lora_helpers.training.adam"]
+BY_AUTOGRAD = ["torch.nn.functional.cross_entropy", "torch.autograd.backward"]
 
 
-@pytest.mark.parametrize("target", TRAINING)
+class OwnNet(RichBoyNet):
+    """Trained by autograd: what its class computes is not known."""
+
+
+@pytest.mark.parametrize("target", TRAINING + BY_AUTOGRAD)
 @pytest.mark.parametrize("number", [1, 2, 7])
 @pytest.mark.parametrize("mode", [True, False])
 def test_training(base, mnist, monkeypatch, target, number, mode):
@@ -107,6 +112,8 @@ def test_training(base, mnist, monkeypatch, target, number, mode):
 
     torch.manual_seed(0)
     fresh = freeze_base(add_lora(base, rank=2)).train(mode)
+    if target in BY_AUTOGRAD:
+        fresh.__class__ = OwnNet
     whole, stopped = copy.deepcopy(fresh), copy.deepcopy(fresh)
     losses = run(whole)
     stop_at(lambda: run(stopped), monkeypatch, target, number)
@@ -149,7 +156,6 @@ def test_a_block_puts_everything_back(base, context):
     assert is_whole(net) and all(adapter.enabled for found in lora_layers(net).values() for adapter in found)
 
 
-LOSS_SIDE_BY_SIDE = "torch.nn.functional.log_softmax"
 SETTINGS = [scaling.Setting(rank, rule=rule, optimizer=optimizer) for rank, rule, optimizer in ((1, "α/r", "Adam"), (4, "α", "SGD"), (4, "α/r", "Adam"))]
 EXPERIMENTS = {
     "sweep": lambda base, mnist: scaling.sweep(base, mnist, SETTINGS, batches=5, at=(1, 3), progress=False),
@@ -165,7 +171,7 @@ def test_sweeps(base, mnist, monkeypatch, name, target, number):
         return EXPERIMENTS[name](base, mnist)
 
     if target == "a gradient":
-        target = "torch.autograd.backward" if name == "full fine-tuning" else LOSS_SIDE_BY_SIDE
+        target = BY_AUTOGRAD[1] if name == "full fine-tuning" else TRAINING[0]
     state, stream = bits(base), torch.get_rng_state()
     whole = repr(run())
     stop_at(run, monkeypatch, target, number)
@@ -184,7 +190,7 @@ def test_training_side_by_side(base, mnist, monkeypatch, number):
     fresh = [freeze_base(add_lora(copy.deepcopy(base), rank=rank, generator=torch.Generator().manual_seed(0))) for rank in (1, 3)]
     nets, twins = copy.deepcopy(fresh), copy.deepcopy(fresh)
     train_side_by_side(twins, mnist.train, max_batches=5, seed=0)
-    stop_at(lambda: train_side_by_side(nets, mnist.train, max_batches=5, seed=0), monkeypatch, LOSS_SIDE_BY_SIDE, number)
+    stop_at(lambda: train_side_by_side(nets, mnist.train, max_batches=5, seed=0), monkeypatch, TRAINING[0], number)
     assert all(map(is_whole, nets))
     train_side_by_side(fresh, mnist.train, max_batches=5, seed=0)
     assert all(same(bits(net), bits(twin)) for net, twin in zip(fresh, twins))
@@ -409,7 +415,7 @@ def test_an_interrupt_while_another_thread_is_at_work(base, mnist, monkeypatch, 
 def test_a_preset_and_the_panels_that_follow(base, mnist, monkeypatch):
     explorer = LoRAExplorer(base, mnist)
     pad = DigitPad(explorer, index=3)
-    stop_at(explorer.preset_buttons["no scaling: α = r"].click, monkeypatch, "torch.nn.functional.cross_entropy", 5)
+    stop_at(explorer.preset_buttons["no scaling: α = r"].click, monkeypatch, TRAINING[0], 5)
     assert explorer.settings == Settings() and pad.summary.startswith("LoRA on · rank 1 · α 1 ")
     explorer.preset_buttons["no scaling: α = r"].click()
     assert explorer.result.settings == Settings(rank=16, alpha=16) and pad.summary.startswith("LoRA on · rank 16 · α 16 ")
@@ -419,7 +425,7 @@ def test_a_preset_and_the_panels_that_follow(base, mnist, monkeypatch):
     assert "test image 7" in pad.summary and not pad.status
 
 
-@pytest.mark.parametrize("target, number", [(LOSS_SIDE_BY_SIDE, 1), (LOSS_SIDE_BY_SIDE, 90), ("lora_helpers.finetuning.count_answers", 3)])
+@pytest.mark.parametrize("target, number", [(TRAINING[0], 1), (TRAINING[0], 90), ("lora_helpers.finetuning.count_answers", 3)])
 def test_the_scaling_lab(trained, mnist, monkeypatch, target, number):
     monkeypatch.setattr("lora_helpers.widgets.scaling_lab.RANKS", (1, 2, 4, 8, 16))
     lab = ScalingLab(trained, mnist)
@@ -431,14 +437,14 @@ def test_the_scaling_lab(trained, mnist, monkeypatch, target, number):
 
 def test_an_interrupt_of_the_explorers_own_making_leaves_no_explorer(base, mnist, monkeypatch):
     state = bits(base)
-    stop_at(lambda: LoRAExplorer(base, mnist), monkeypatch, "torch.nn.functional.cross_entropy", 3)
+    stop_at(lambda: LoRAExplorer(base, mnist), monkeypatch, TRAINING[0], 3)
     assert same(bits(base), state) and is_whole(base)
     assert LoRAExplorer(base, mnist).result.settings == Settings()
 
 
 def test_a_fine_tuner_remembers_only_whole_trainings(base, mnist, monkeypatch):
     tuner = FineTuner(base, mnist)
-    stop_at(lambda: tuner.run(Settings(batches=20)), monkeypatch, "torch.nn.functional.cross_entropy", 60)
+    stop_at(lambda: tuner.run(Settings(batches=20)), monkeypatch, TRAINING[0], 60)
     assert not tuner._memory
     assert tuner.run(Settings(batches=20))[1] == "just trained"
 
