@@ -25,26 +25,36 @@ ALLOWED = [
     r", (?:19|20)\d\d\b",  # the year of a publication
     r"float(?:16|32|64)|int64",
     r"`[^`\n]*`",  # code and names
+    r"[Aa] (?:few|dozen) (?:hundred|thousand)s?",  # no number
 ]
+# Said in words, a number is one all the same.
+WORDS = dict(zip("two three four five six seven eight nine ten eleven twelve fifteen twenty thirty forty fifty".split(), [*range(2, 13), 15, 20, 30, 40, 50]))
+WORDS |= {"a hundred": 100, "hundred": 100, "a thousand": 1000, "thousand": 1000}
+WORD = re.compile(rf"\b(?:{'|'.join(sorted(WORDS, key=len, reverse=True))})\b(?![-‑])", re.IGNORECASE)
 # What a cell cannot compute, and why: settings that are a function's default, constants, figures that others published.
 DEFINED = {
     "1_mlp": {0.001: "train's learning rate", 2.3: "ln 10"},
+    "2_scaling_math": {20: "the steps of an exercise's check"},
     "4_digit_9": {64: "the end of a slider"},
     "5_your_turn": {2_807_010: "counted in notebook 1"},
 }
-MEASURE = re.compile(r"\s*(?:times|%|percent)")
+MEASURE = re.compile(r"\s*(?:times|-?fold|×(?!\s*\d)|%|percent)")
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
 
 
 def numbers_in(text):
     """The numbers of a text, without thousands' commas: '1,000' and '1000.0' are one number."""
-    return {float(found.rstrip(",").replace(",", "")) for found in NUMBER.findall(text)}
+    return {float(found.rstrip(",").replace(",", "")) for found in NUMBER.findall(in_digits(text))}
+
+
+def in_digits(text):
+    return WORD.sub(lambda word: str(WORDS[word.group().lower()]), text)
 
 
 def prose_numbers(text):
     for allowed in ALLOWED:
         text = re.sub(allowed, " ", text, flags=re.MULTILINE)
-    found = set()
+    text, found = in_digits(text), set()
     for match in NUMBER.finditer(text):
         (number,) = numbers_in(match.group())
         if number > SMALL or not number.is_integer() or MEASURE.match(text, match.end()):
@@ -106,6 +116,8 @@ def test_every_number_in_the_prose_is_computed_in_the_notebook(path):
         ("About 0.5 of it.", [0.5]),
         ("All 5 of them.", []),
         ("It is 5 times better, by 3 %.", [3, 5]),
+        ("It is 8× as long, or five times, or 3-fold; for thirty of them, a hundred.", [3, 5, 8, 30, 100]),
+        ("A shape of 4×6, two of them, and a few thousand more.", []),
         ("## Another section\n\nIt takes 42.", [42]),
     ],
 )
