@@ -27,7 +27,7 @@ from lora_helpers.data import Mnist, as_tensors, load_mnist, only_digit
 from lora_helpers.factorisation import factorised, with_first_products
 from lora_helpers.lora import LoRAParametrization, add_lora, count_parameters, freeze_base, frozen_twin, lora_layers
 from lora_helpers.model import LAYERS as WEIGHTS, RichBoyNet
-from lora_helpers.training import count_answers, evaluate, make_optimizer, pretrained_base, train
+from lora_helpers.training import Evaluation, count_answers, evaluate, make_optimizer, pretrained_base, train
 
 # The factor on B A as the rank grows: none, that of rsLoRA, that of LoRA. All agree at rank 1.
 RULES = {"α": lambda rank: 1.0, "α/√r": lambda rank: rank**-0.5, "α/r": lambda rank: 1 / rank}
@@ -672,8 +672,27 @@ def main() -> None:
                 ranges = [_least_to_most(values, digits) for values, digits in zip(columns, (0, 3, 2, 2))]
                 print(f"scale {rule:4} · r {rank:2} · " + " · ".join(ranges))
 
+    _print_split(base, mnist, directions, options.seeds)
     _print_grids(base, mnist, options.seeds)
     _print_rslora(base, mnist, options.seeds)
+
+
+def _print_split(base: nn.Module, mnist: Mnist, directions: dict[str, torch.Tensor], seeds: int) -> None:
+    print(f"\nSplit, Adam, α/r: ΔW along full fine-tuning and the rest, each alone added to the base, {seeds} seeds")
+    print("nines wrong · accuracy, from least to most")
+    for rank in (1, 64):
+        results: dict[str, list[Evaluation]] = {"whole ΔW": [], "part along": [], "the rest": []}
+        for seed in range(seeds):
+            net = start_lora(base, Setting(rank=rank, seed=seed))
+            train(net, only_digit(mnist.train, 9), max_batches=100, seed=seed, progress=False)
+            whole = {name: adapter.delta.detach() for name, adapter in _adapters(net).items()}
+            part = parts_along(whole, directions)
+            rest = {name: whole[name] - part[name] for name in whole}
+            for found, updates in zip(results.values(), (whole, part, rest)):
+                found.append(evaluate(with_updates(base, updates), mnist.test))
+        for what, found in results.items():
+            wrong, right = [result.wrong_counts[9] for result in found], [result.accuracy for result in found]
+            print(f"r {rank:2} · {what:10} · {_least_to_most(wrong, 0)} · {_least_to_most(right, 3)}")
 
 
 def _print_grids(base: nn.Module, mnist: Mnist, seeds: int) -> None:
