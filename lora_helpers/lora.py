@@ -209,7 +209,8 @@ def add_lora(
         for layer, adapter in zip(chosen.values(), adapters):
             if parametrize.is_parametrized(layer):  # its bias, or by another adapter
                 _give_own_class(layer)
-            parametrize.register_parametrization(layer, "weight", adapter)
+            # PyTorch's check would compute each whole weight, only to see that its shape and dtype stay: those were seen to above.
+            parametrize.register_parametrization(layer, "weight", adapter, unsafe=True)
         use_adapter(net, name)
     return net
 
