@@ -331,19 +331,23 @@ def end(values: Sequence[float], window: int = 20) -> float:
 
 
 def norm_slopes(runs: Sequence[Run], layer: str = "linear2", batches: int | None = None, quantity: str = "norm") -> dict[str, list[float]]:
-    """For each rule the exponent of r in ‖ΔW‖ of one layer (or in its part along D), fitted for each seed."""
+    """For each rule the exponent of r in ‖ΔW‖ of one layer, fitted for each seed; or, with `quantity` "along", in its part along D,
+    for the seeds at which that is positive at every rank."""
     slopes = {}
     for rule in dict.fromkeys(r.setting.rule for r in runs):
         slopes[rule] = []
         for seed in dict.fromkeys(r.setting.seed for r in runs):
             some = [r for r in runs if (r.setting.rule, r.setting.seed) == (rule, seed)]
             values = [getattr((r.sizes[batches] if batches else r.final)[layer], quantity) for r in some]
-            slopes[rule].append(slope([r.setting.rank for r in some], values))
+            if quantity == "norm" or min(values) > 0:
+                slopes[rule].append(slope([r.setting.rank for r in some], values))
     return slopes
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds, as text."""
+    """Mean ± standard deviation over seeds, as text; "–" without any."""
+    if not values:
+        return "–"
     sd = stdev(values) if len(values) > 1 else 0.0
     return f"{mean(values):+.{digits}f} ± {sd:.{digits}f}"
 
@@ -664,6 +668,11 @@ def main() -> None:
             slopes = [norm_slopes(runs, layer, batches) for batches in (1, 5, 25, 100)]
             for rule in RULES:
                 print(f"{layer} · scale {rule:4} · " + " · ".join(spread(by_rule[rule]) for by_rule in slopes))
+        print("exponent of r in the part along full fine-tuning after 100 batches, of the mean over seeds: linear1 · linear2 · linear3")
+        for rule in RULES:
+            some = [run for run in runs if run.setting.rule == rule]
+            powers = [slope_of_means((run.setting.rank, run.final[layer].along) for run in some) for layer in WEIGHTS]
+            print(f"scale {rule:4} · " + " · ".join(f"{power:+.2f}" for power in powers))
         print("nines wrong · accuracy · ‖ΔW₂‖ · ΔW₂ along full fine-tuning, from least to most")
         for rule in RULES:
             for rank in (1, 4, 16, 64):

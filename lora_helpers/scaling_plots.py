@@ -213,18 +213,25 @@ def plot_parameters(shapes: dict[str, tuple[int, int]]) -> Picture:
 
 
 def plot_costs(table: Sequence[Cost]) -> Picture:
-    """Milliseconds a training step, by method and rank."""
+    """Milliseconds a training step, and the bytes that Adam keeps and that are stored, by method and rank."""
     names = [c.method if c.rank is None else f"{c.method}\nr = {c.rank}" for c in table]
     times = [c.milliseconds for c in table]
-    figure = Picture("Milliseconds a step: " + "; ".join(f"{n.replace(chr(10), ', ')} {t:.1f}" for n, t in zip(names, times)), figsize=(8.5, 2.6))
-    axes = figure.subplots()
+    said = [f"{n.replace(chr(10), ', ')} {c.milliseconds:.1f} ms, {c.optimizer_bytes:,} B, {c.checkpoint_bytes:,} B" for n, c in zip(names, table)]
+    figure = Picture("A step's time, Adam's memory and what is stored: " + "; ".join(said), figsize=(9.5, 4.4))
+    axes, below = figure.subplots(2, 1, sharex=True)
     look = {"full": ("0.6", ""), "parametrization": (AFTER, "//"), "factorised": (BEFORE, "")}
     for place, (cost, t) in enumerate(zip(table, times)):
         color, hatch = look[cost.method]
         axes.bar(place, t, color=color, hatch=hatch, edgecolor="white")
         axes.text(place, t, f"{t:.1f}", ha="center", va="bottom", fontsize=9)
     axes.set(xticks=range(len(names)), ylabel="ms a step", ylim=(0, 1.15 * max(times)))
-    axes.set_xticklabels(names, fontsize=8)
+    for shift, label, hatch, color, sizes in (
+        (-0.2, "Adam's memory", "..", "#CC79A7", [c.optimizer_bytes for c in table]), (0.2, "stored", "", "#009E73", [c.checkpoint_bytes for c in table]),
+    ):  # fmt: skip
+        below.bar([place + shift for place in range(len(table))], sizes, 0.4, color=color, hatch=hatch, edgecolor="white", label=label)
+    below.set(yscale="log", ylabel="bytes", ylim=(1e4, 1e8))
+    below.legend(frameon=False, fontsize=9, ncols=2)
+    below.set_xticks(range(len(names)), names, fontsize=8)
     return figure
 
 

@@ -1,5 +1,6 @@
 """The scaling experiments: what is algebra exactly, what is trained in bands over seeds."""
 
+import copy
 import math
 from dataclasses import replace
 from statistics import mean
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from lora_helpers import LoRAParametrization, RichBoyNet, count_parameters, evaluate, load_mnist, only_digit, pretrained_base, scaling, train
+from lora_helpers.lora import lora_layers
 from lora_helpers.scaling import Setting
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -72,6 +74,26 @@ def test_initial_gradients_of_the_four_starts(base, mnist):
     for start in (a_random, b_random, zero):
         assert start.delta == 0 and start.accuracy == pytest.approx(before, abs=1e-3)
     assert both.delta > 0 and both.accuracy < before / 2
+
+
+def test_on_the_network_the_initial_gradients_are_those_of_the_chain_rule(mnist):
+    """∂L/∂B = s·G·Aᵀ and ∂L/∂A = s·Bᵀ·G, G being the gradient in the whole weight: for all four starts and every layer."""
+    torch.manual_seed(0)
+    small = RichBoyNet(40, 30).double()
+    images, labels = mnist.train.tensors[0][:10].double(), mnist.train.tensors[1][:10]
+    for a_std, b_std in ((1, 0), (0, 1), (0, 0), (1, 1)):
+        net = scaling.start_lora(small, Setting(rank=3, alpha=2))
+        for (adapter,) in lora_layers(net).values():
+            torch.nn.init.normal_(adapter.lora_A, std=a_std), torch.nn.init.normal_(adapter.lora_B, std=b_std)
+        merged = copy.deepcopy(small)
+        for name, (adapter,) in lora_layers(net).items():
+            merged.get_submodule(name).weight.data += adapter.delta.detach()
+        torch.nn.functional.cross_entropy(merged(images), labels).backward()
+        torch.nn.functional.cross_entropy(net(images), labels).backward()
+        for name, (adapter,) in lora_layers(net).items():
+            gradient = merged.get_submodule(name).weight.grad
+            assert torch.allclose(adapter.lora_B.grad, adapter.scale * gradient @ adapter.lora_A.T, rtol=1e-9, atol=1e-12)
+            assert torch.allclose(adapter.lora_A.grad, adapter.scale * adapter.lora_B.T @ gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_one_step_is_what_the_algebra_says():
@@ -283,13 +305,19 @@ def average(runs, rule, rank, value):
     return mean(value(r) for r in runs if (r.setting.rule, r.setting.rank) == (rule, rank))
 
 
-def test_the_ordering_of_the_table_on_the_sample(sample_runs):
+def test_the_ordering_of_the_table_on_the_sample(base, mnist, sample_runs):
     accuracy = {(rule, rank): average(sample_runs, rule, rank, lambda r: r.accuracy) for rule in scaling.RULES for rank in (16, 64)}
     norm = {(rule, rank): average(sample_runs, rule, rank, lambda r: r.final["linear2"].norm) for rule in scaling.RULES for rank in (4, 64)}
     assert accuracy["α/r", 64] > accuracy["α/√r", 64] > accuracy["α", 64] and accuracy["α", 64] < 1 / 2
     assert abs(accuracy["α/r", 64] - accuracy["α/r", 16]) < 0.06
     assert norm["α/r", 64] < norm["α/√r", 64] < norm["α", 64]
     assert norm["α/r", 64] < 0.5 * norm["α/r", 4] and norm["α", 64] > 1.2 * norm["α", 4]
+    before = evaluate(base, mnist.test).wrong_counts[9]
+    wrong = {(rule, rank): average(sample_runs, rule, rank, lambda r: r.wrong) for rule in scaling.RULES for rank in (4, 16, 64)}
+    called = {(rule, rank): average(sample_runs, rule, rank, lambda r: r.called) for rule in scaling.RULES for rank in (4, 16, 64)}
+    assert max(wrong["α/r", rank] for rank in (4, 16, 64)) < 0.6 * before  # repaired at every rank
+    assert wrong["α", 64] <= wrong["α/√r", 64] <= wrong["α/r", 64]
+    assert called["α", 64] > 0.8 > called["α", 4] and called["α", 64] > called["α/√r", 64] > called["α/r", 64]
 
 
 def test_along_full_fine_tuning_alpha_over_r_is_level_and_no_scale_grows(base, mnist):
@@ -310,11 +338,11 @@ def test_alpha_against_the_learning_rate_once_under_adam_and_squared_under_sgd(b
 
 
 def test_a_small_start_brings_the_norm_nearer_to_level(base, mnist):
-    settings = scaling.ladder(ranks=(4, 64), rules=("α/r",), seeds=(0,), start="kaiming")
+    settings = scaling.ladder(ranks=(4, 64), rules=("α/r",), seeds=(0, 1), start="kaiming")
     runs = scaling.sweep(base, mnist, settings, progress=False, at=(1,))
     for layer in scaling.WEIGHTS:
-        first, last = (scaling.norm_slopes(runs, layer, batches)["α/r"][0] for batches in (1, 100))
-        assert first == pytest.approx(-0.5, abs=0.06) and last > first + 0.2
+        for first, last in zip(*(scaling.norm_slopes(runs, layer, batches)["α/r"] for batches in (1, 100))):
+            assert first == pytest.approx(-0.5, abs=0.06) and last > first + 0.2
 
 
 def test_under_sgd_it_is_the_square_root_that_keeps_what_is_learned(base, mnist):
@@ -329,7 +357,12 @@ def test_under_sgd_it_is_the_square_root_that_keeps_what_is_learned(base, mnist)
 def test_with_alpha_over_r_the_norm_falls_like_one_over_root_r_on_full_mnist(full_mnist_root):
     full = load_mnist("full", root=full_mnist_root)
     base = pretrained_base(full, seed=1, progress=False)  # that of test_the_story_on_full_mnist, which is cached then
-    runs = scaling.sweep(base, full, scaling.ladder(ranks=(4, 16, 64), rules=("α/r",), seeds=(0, 1)), progress=False)
-    slopes = scaling.norm_slopes(runs, "linear2")["α/r"]
+    settings = scaling.ladder(ranks=(4, 16, 64), rules=("α/r",), seeds=(0, 1)) + scaling.ladder(ranks=(64,), seeds=(0, 1))
+    runs = scaling.sweep(base, full, settings, progress=False)
+    level = [run for run in runs if run.setting.rule == "α/r"]
+    slopes = scaling.norm_slopes(level[:6], "linear2")["α/r"]
     assert mean(slopes) == pytest.approx(-0.5, abs=0.15), slopes
-    assert max(r.accuracy for r in runs) - min(r.accuracy for r in runs) < 0.06
+    assert max(r.accuracy for r in level) - min(r.accuracy for r in level) < 0.06
+    at_64 = {rule: (average(runs, rule, 64, lambda r: r.accuracy), average(runs, rule, 64, lambda r: r.wrong)) for rule in scaling.RULES}
+    assert at_64["α/r"][0] > at_64["α/√r"][0] > at_64["α"][0] and at_64["α"][1] <= at_64["α/√r"][1] <= at_64["α/r"][1]
+    assert at_64["α/r"][1] < 0.6 * evaluate(base, full.test).wrong_counts[9]
