@@ -44,13 +44,10 @@ def test_whatever_a_generator_draws_says_where():
 
 
 def test_a_device_that_is_not_there_is_refused_with_a_word():
-    def imported(device):
-        return subprocess.run([sys.executable, "-c", "import lora_helpers"], env={**os.environ, "LORA_DEVICE": device}, capture_output=True, text=True)
-
-    for device in ["gpu"] + ["cuda"] * (not torch.cuda.is_available()):
-        result = imported(device)
-        assert result.returncode and f"LORA_DEVICE is '{device}'" in result.stderr and "Unset it to work on the CPU" in result.stderr
-    assert not imported("cpu").returncode
+    result = subprocess.run(
+        [sys.executable, "-c", "import lora_helpers"], env={**os.environ, "LORA_DEVICE": "gpu"}, capture_output=True, text=True
+    )  # fmt: skip
+    assert result.returncode and "LORA_DEVICE is 'gpu'" in result.stderr and "Unset it to work on the CPU" in result.stderr
 
 
 def test_the_default_device_is_where_images_and_networks_are_made():
