@@ -51,9 +51,12 @@ def test_a_device_that_is_not_there_is_refused_with_a_word():
 
 
 def test_the_default_device_is_where_images_and_networks_are_made():
-    with torch.device("meta"):
+    torch.set_default_device("meta")
+    try:
         assert LoRAParametrization(3, 2).lora_A.device.type == "meta"
         mnist = load_mnist()
+    finally:
+        torch.set_default_device(None)
     assert {tensor.device.type for part in (mnist.train, mnist.test) for tensor in part.tensors} == {"meta"}
 
 
