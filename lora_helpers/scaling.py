@@ -8,7 +8,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +27,7 @@ from lora_helpers.data import Mnist, as_tensors, load_mnist, only_digit
 from lora_helpers.factorisation import factorised, with_first_products
 from lora_helpers.lora import LoRAParametrization, add_lora, count_parameters, freeze_base, frozen_twin, lora_layers
 from lora_helpers.model import LAYERS as WEIGHTS, RichBoyNet
-from lora_helpers.training import Evaluation, count_answers, evaluate, make_optimizer, pretrained_base, train
+from lora_helpers.training import Evaluation, count_answers, evaluate, make_optimizer, pretrained_base, shuffled_batches, train
 
 # The factor on B A as the rank grows: none, that of rsLoRA, that of LoRA. All agree at rank 1.
 RULES = {"α": lambda rank: 1.0, "α/√r": lambda rank: rank**-0.5, "α/r": lambda rank: 1 / rank}
@@ -560,7 +560,7 @@ def _train_together(
         groups.setdefault((setting.optimizer, setting.lr), []).extend(own)
     optimizers = [make_optimizer(_choice("optimizer", name, OPTIMIZERS), group, lr) for (name, lr), group in groups.items()]
     backpropagate, losses = Backpropagation(nets), torch.zeros(batches, len(nets), device=device)
-    orders = zip(*(_order(len(labels), setting.seed) for setting in settings))
+    orders = zip(*(shuffled_batches(len(labels), 10, setting.seed) for setting in settings))
     if len(images) <= 10 * batches * len(nets):  # else most of them are never drawn
         images = with_first_products(nets[0], images)
     for batch, chosen in zip(range(batches), orders):
@@ -572,12 +572,6 @@ def _train_together(
             optimizer.step()
         after_batch(batch + 1)
     return losses.T.tolist()
-
-
-def _order(size: int, seed: int, batch_size: int = 10) -> Iterator[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(size, generator=generator, device="cpu").split(batch_size)
 
 
 def _exact(optimizer: str, eps: float) -> Callable[..., torch.optim.Optimizer]:

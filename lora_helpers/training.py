@@ -78,8 +78,9 @@ def train(
     """Trains the trainable parameters of `net` on cross-entropy, in shuffled batches.
 
     LoRA is computed in its factorised form (see `factorised`), and on a frozen `RichBoyNet` its gradients are written out (see
-    `Backpropagation`), which is faster and changes only rounding. Images are moved to the network's device and dtype. `net` is in training mode meanwhile. An interrupt leaves it usable, trained as far as it came. Where
-    the loss ends as NaN or infinite, a warning says so.
+    `Backpropagation`), which is faster and changes only rounding. Images are moved to the network's device and dtype. `net` is in
+    training mode meanwhile. An interrupt leaves it usable, trained as far as it came. Where the loss ends as NaN or infinite, a
+    warning says so.
 
     Args:
         dataset: floating-point images, N×1×28×28 or N×784, and int64 labels, N.
@@ -190,7 +191,8 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
 
     The recipe: Adam, learning rate 0.001, batches of 10, `mnist.pretraining_epochs` passes.
     The cache is keyed by recipe, data, seed, number of threads, and the versions of PyTorch and of this package.
-    It is trained on the CPU and comes on PyTorch's default device, float32, whatever PyTorch's default dtype or that of the images. PyTorch's global random stream is left as it was.
+    It is trained on the CPU and comes on PyTorch's default device, float32, whatever PyTorch's default dtype or that of the images.
+    PyTorch's global random stream is left as it was.
 
     Raises:
         TypeError: `mnist` is no `Mnist`, or its training part no `TensorDataset` of images and labels.
@@ -319,13 +321,13 @@ def _drawn(
     net: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What `net` is given for each batch, and the labels; fetched for twenty batches at once, which costs less."""
-    batches = _batches(len(labels), batch_size, seed)
+    batches = shuffled_batches(len(labels), batch_size, seed)
     while ahead := list(islice(batches, 20)):
         chosen, sizes = torch.cat(ahead).to(images.device), [len(batch) for batch in ahead]
         yield from zip(with_first_products(net, images[chosen]).split(sizes), labels[chosen].split(sizes))
 
 
-def _batches(size: int, batch_size: int, seed: int | None):
+def shuffled_batches(size: int, batch_size: int, seed: int | None) -> Iterator[torch.Tensor]:
     """Indices of shuffled batches, pass after pass without end; a pass may end in a smaller batch."""
     generator = torch.Generator()
     generator.manual_seed(torch.randint(2**31, (), device="cpu").item() if seed is None else seed)

@@ -146,9 +146,9 @@ def pictures_of(train):
 
 def same_batches(size, batches):
     """The indices of the batches that `lora_helpers.train` draws with seed 0."""
-    from lora_helpers.training import _batches
+    from lora_helpers.training import shuffled_batches
 
-    return [batch for _, batch in zip(range(batches), _batches(size, BATCH_SIZE, 0))]
+    return [batch for _, batch in zip(range(batches), shuffled_batches(size, BATCH_SIZE, 0))]
 
 
 def timed(work):
