@@ -58,17 +58,21 @@ class Backpropagation:
 
         ∂L/∂B = Dᵀ s (x Aᵀ)      ∂L/∂A = (s D B)ᵀ x      ∂L/∂x = D W + (s D B) A
 
-    and begins, behind the last layer, with D = (softmax(z) − one-hot label) / images.
+    and begins, behind the last layer, with D = (softmax(z) − one-hot label) / images. Of the units behind the first ReLU, those
+    that are zero for every image of a batch (four of five, for ten images of one digit) are left out of the products with W:
+    they add nothing to z, and the ReLU lets no gradient through to them.
 
     Args:
         nets: such as `check_copies` lets pass. Which adapters are in use, and their scales, must stay so.
+        transposed: what `transposed_weight` gave for another net of the same base, which saves time.
 
     Source: Goodfellow, Bengio and Courville, Deep Learning (2016), section 6.5; Hu et al., arXiv 2106.09685, equation (3).
     """
 
-    def __init__(self, nets: Sequence[RichBoyNet]):
+    def __init__(self, nets: Sequence[RichBoyNet], transposed: torch.Tensor | None = None):
         self._copies = len(nets)
-        self._layers = [_Layer([net.get_submodule(name) for net in nets]) for name in LAYERS]
+        first, second, third = ([net.get_submodule(name) for net in nets] for name in LAYERS)
+        self._layers = _Layer(first), _Layer(second, transposed_weight(nets[0]) if transposed is None else transposed), _Layer(third)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -82,15 +86,9 @@ class Backpropagation:
             A loss for each network, the mean over its own rows.
         """
         first, second, third = self._layers
-        x, product = images.flatten(start_dim=1), None
-        if x.shape[1] > first.in_features:
-            x, product = x.split((first.in_features, first.out_features), dim=1)
-            product = self._blocks(product).clone()
-        x, labels = self._blocks(x), self._blocks(labels.unsqueeze(1))
-
-        hidden_1 = first.forward(x, product).relu_()
-        hidden_2 = second.forward(hidden_1).relu_()
-        log_probabilities = F.log_softmax(third.forward(hidden_2), dim=-1)
+        labels = self._blocks(labels.unsqueeze(1))
+        hidden_1, hidden_2, logits = self._forward(images)
+        log_probabilities = F.log_softmax(logits, dim=-1)
         losses = -log_probabilities.gather(-1, labels).mean(dim=(-2, -1))
 
         D = log_probabilities.exp()
@@ -103,19 +101,48 @@ class Backpropagation:
             first.set_gradients(second.backward(D).mul_(hidden_1 > 0))
         return losses.flatten()
 
+    @torch.no_grad()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """The logits, N×10, for images as above."""
+        return self._forward(images)[-1].flatten(0, -2)
+
+    def _forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        first, second, third = self._layers
+        x, product = images.flatten(start_dim=1), None
+        if x.shape[1] > first.in_features:
+            x, product = x.split((first.in_features, first.out_features), dim=1)
+            product = self._blocks(product).clone()
+        hidden_1 = first.forward(self._blocks(x), product).relu_()
+        hidden_2 = second.forward(hidden_1).relu_()
+        return hidden_1, hidden_2, third.forward(hidden_2)
+
     def _blocks(self, rows: torch.Tensor) -> torch.Tensor:
         # One network alone has no dimension of its own: for small matrices each further view is felt.
         return rows if self._copies == 1 else rows.unflatten(0, (self._copies, -1))
 
 
+def transposed_weight(net: nn.Module) -> torch.Tensor | None:
+    """Of a `RichBoyNet` the frozen weight behind the first ReLU, so laid out in memory that the part of a few inputs is quickly taken.
+
+    None on a GPU, where taking parts does not pay, and for other networks.
+    """
+    weight = _frozen_weight(net.linear2) if type(net) is RichBoyNet else None
+    return None if weight is None or weight.device.type != "cpu" else weight.detach().T.contiguous()
+
+
+def _frozen_weight(layer: nn.Linear) -> torch.Tensor:
+    return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
+
+
 class _Layer:
     """One layer of several copies of a network: one frozen weight, and everybody's adapter."""
 
-    def __init__(self, copies: list[nn.Linear]):
+    def __init__(self, copies: list[nn.Linear], by_input: torch.Tensor | None = None):
         layer = copies[0]
         self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
-        self.adapted = parametrize.is_parametrized(layer)
-        self.weight = layer.parametrizations.weight.original if self.adapted else layer.weight
+        self.adapted = parametrize.is_parametrized(layer, "weight")
+        self.weight = _frozen_weight(layer)
+        self._by_input, self._awake = by_input, None
         self._groups, start = [], 0
         if self.adapted:
             adapters = [next(a for a in copy.parametrizations.weight if a.applied) for copy in copies]
@@ -126,7 +153,7 @@ class _Layer:
                 start += len(neighbours)
 
     def forward(self, x: torch.Tensor, product: torch.Tensor | None = None) -> torch.Tensor:
-        z = frozen_linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1) if product is None else product
+        z = self._frozen(x.flatten(0, -2)).view(*x.shape[:-1], -1) if product is None else product
         for group in self._groups:
             group.add_update(z, x)
         return z
@@ -136,11 +163,25 @@ class _Layer:
             group.set_gradients(D)
 
     def backward(self, D: torch.Tensor) -> torch.Tensor:
-        """∂L/∂x; `set_gradients` must have been called."""
-        gradient = frozen_backward(D.flatten(0, -2), self.weight).view(*D.shape[:-1], -1)
+        """∂L/∂x, where x was not zero for all images; `set_gradients` must have been called."""
+        gradient = self._frozen_backward(D.flatten(0, -2)).view(*D.shape[:-1], -1)
         for group in self._groups:
             group.add_backwards(gradient)
         return gradient
+
+    def _frozen(self, x: torch.Tensor) -> torch.Tensor:
+        self._awake = None
+        if self._by_input is not None:
+            awake = x.sum(dim=0).nonzero().flatten()
+            if len(awake) < 0.75 * self.in_features:  # else taking their part costs more than it saves
+                self._awake, self._taken = awake, self._by_input.index_select(0, awake)
+                return F.linear(x.index_select(1, awake), self._taken.T, self.bias)
+        return frozen_linear(x, self.weight, self.bias)
+
+    def _frozen_backward(self, D: torch.Tensor) -> torch.Tensor:
+        if self._awake is None:
+            return frozen_backward(D, self.weight)
+        return D.new_zeros(len(D), self.in_features).index_copy_(1, self._awake, D @ self._taken.T)
 
 
 class _Neighbours:

@@ -14,10 +14,10 @@ from torch.utils.data import TensorDataset
 
 from lora_helpers.checks import LARGEST_SEED, all_finite, check_positive, check_whole
 from lora_helpers.data import Mnist, as_tensors, check_mnist, only_digit
-from lora_helpers.factorisation import factorised, with_first_products
+from lora_helpers.factorisation import factorised
 from lora_helpers.lora import add_lora, count_parameters, freeze_base, frozen_twin, lora_disabled, lora_layers, remove_lora
 from lora_helpers.model import RichBoyNet
-from lora_helpers.training import Evaluation, count_answers, evaluate, train, train_side_by_side
+from lora_helpers.training import Evaluation, SharedTest, evaluate, train, train_side_by_side
 
 # The numbers of batches at which a training keeps its A and B, so that one can go back and forth through it.
 STOPS = (0, 1, 2, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300)
@@ -147,7 +147,7 @@ class FineTuner:
         self._probe = self._like_the_net(as_tensors(mnist.test)[0][:: max(1, len(mnist.test) // 50)])
         with torch.no_grad():
             self._probe_logits = self._net(self._probe)
-        self._test_images: torch.Tensor | None = None  # with their products of the first layer, which is frozen
+        self._shared_test: SharedTest | None = None
         self._memory: OrderedDict[tuple, _Training] = OrderedDict()
         self._lock = RLock()
 
@@ -282,10 +282,9 @@ class FineTuner:
             raise ValueError(f"The training with {settings} diverged: A and B hold NaN. Choose a smaller alpha.")
         self._put(settings, pairs)
         labels = as_tensors(self.mnist.test)[1]
-        with factorised(self._net):
-            if self._test_images is None:
-                self._test_images = with_first_products(self._net, self._like_the_net(as_tensors(self.mnist.test)[0]))
-            on = count_answers(self._net, self._test_images, labels)
+        if self._shared_test is None:
+            self._shared_test = SharedTest(self._net, self.mnist.test)
+        on = self._shared_test(self._net)
         was_right, is_right = self._off.predictions == labels, on.predictions == labels
         layers = lora_layers(self._net)
         scale = settings.alpha / settings.rank

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image  # comes with matplotlib
@@ -41,14 +42,18 @@ def ink(ground: tuple[float, ...]) -> str:
 class Picture(Figure):
     """A matplotlib figure that a notebook shows by itself, with a text alternative for those who cannot see it."""
 
-    def __init__(self, alt: str, **kwargs):
-        super().__init__(layout="constrained", **kwargs)
+    def __init__(self, alt: str, dpi: float = 100, **kwargs):
+        super().__init__(layout="constrained", dpi=dpi, **kwargs)
         self.alt = alt
 
     def png(self) -> bytes:
-        buffer = io.BytesIO()
         with self._type_scaled():
-            self.savefig(buffer, format="png", dpi=100)
+            canvas = FigureCanvasAgg(self)
+            canvas.draw()  # once: `savefig` draws twice where the layout is constrained
+        # 128 colours look the same at a third of the size: what a notebook stores is fetched by every reader.
+        pixels = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+        buffer = io.BytesIO()
+        pixels.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
         return buffer.getvalue()
 
     @contextmanager
@@ -68,15 +73,8 @@ class Picture(Figure):
                 text.set_fontsize(size)
 
     def _repr_mimebundle_(self, **kwargs):
-        data = {"image/png": base64.b64encode(_with_fewer_colors(self.png())).decode(), "text/plain": self.alt}
+        data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt}
         return data, {"image/png": {"alt": self.alt}}
-
-
-def _with_fewer_colors(png: bytes) -> bytes:
-    # 128 colours look the same at a third of the size: what a notebook stores is fetched by every reader.
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
-    return buffer.getvalue()
 
 
 def show_digits(dataset: TensorDataset, indices=None, titles=None) -> Picture:

@@ -27,7 +27,7 @@ from lora_helpers.data import Mnist, as_tensors, load_mnist, only_digit
 from lora_helpers.factorisation import factorised, with_first_products
 from lora_helpers.lora import LoRAParametrization, add_lora, count_parameters, freeze_base, frozen_twin, lora_layers
 from lora_helpers.model import LAYERS as WEIGHTS, RichBoyNet
-from lora_helpers.training import Evaluation, count_answers, evaluate, make_optimizer, pretrained_base, shuffled_batches, train
+from lora_helpers.training import Evaluation, SharedTest, evaluate, make_optimizer, pretrained_base, shuffled_batches, train
 
 # The factor on B A as the rank grows: none, that of rsLoRA, that of LoRA. All agree at rank 1.
 RULES = {"α": lambda rank: 1.0, "α/√r": lambda rank: rank**-0.5, "α/r": lambda rank: 1 / rank}
@@ -273,9 +273,7 @@ def sweep(
     settings = list(settings)
     done, wanted = {_essence(run.setting): run for run in known}, {*at, batches}
     distinct = [key for key in _by_rank(map(_essence, settings)) if key not in done]
-    images, labels = as_tensors(mnist.test)
-    with factorised(start_lora(base, Setting())) as net:
-        images = with_first_products(net, images.to(next(base.parameters())))  # the same for every adapter
+    test = SharedTest(start_lora(base, Setting()), mnist.test)
     parts = math.ceil(len(distinct) / TOGETHER)
     with tqdm(total=len(distinct), disable=not progress, unit="run") as bar:
         for part in range(parts):
@@ -291,8 +289,7 @@ def sweep(
 
             losses = _train_together(nets, chunk, only_digit(mnist.train, digit), batches, measure)
             for setting, net, size, own in zip(chunk, nets, sizes, losses):
-                with factorised(net):
-                    result = count_answers(net, images, labels)
+                result = test(net)
                 called = (result.predictions == digit).float().mean().item()
                 done[setting] = Run(setting, size, result.wrong_counts[digit], result.accuracy, called, math.isfinite(own[-1]))
                 bar.update()

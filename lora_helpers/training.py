@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from lora_helpers import __version__
-from lora_helpers.backpropagation import Backpropagation, check_copies
+from lora_helpers.backpropagation import Backpropagation, check_copies, transposed_weight
 from lora_helpers.cache import load_tensors, save_tensors
 from lora_helpers.checks import LARGEST_SEED, all_finite, check_network, check_positive, check_whole
 from lora_helpers.data import Mnist, as_tensors, check_mnist
@@ -115,7 +115,7 @@ def train(
     optimizer, backpropagate = make_optimizer(optimizer_class, trainable, lr), _written_out(net) or partial(_by_autograd, net)
     losses = torch.zeros(steps, device=device)
     with _mode(net, training=True), factorised(net), tqdm(total=steps, disable=not progress, unit="batch") as bar:
-        for step, (x, digits) in zip(range(steps), _drawn(net, images, labels, batch_size, seed)):
+        for step, (x, digits) in enumerate(_drawn(net, images, labels, batch_size, seed, steps)):
             optimizer.zero_grad()
             losses[step] = backpropagate(x, digits)
             optimizer.step()
@@ -154,7 +154,7 @@ def train_side_by_side(
     trainable = _trainable(*nets)
     optimizer, backpropagate = _Adam(trainable, lr), Backpropagation(nets)
     images, labels = images.to(trainable[0]), labels.to(trainable[0].device)
-    for batch, (x, digits) in zip(range(max_batches), _drawn(nets[0], images, labels, batch_size, seed)):
+    for batch, (x, digits) in enumerate(_drawn(nets[0], images, labels, batch_size, seed, max_batches)):
         optimizer.zero_grad()
         backpropagate(torch.cat([x] * len(nets)), digits.repeat(len(nets)))
         optimizer.step()
@@ -173,15 +173,44 @@ def evaluate(net: nn.Module, dataset: TensorDataset) -> Evaluation:
         TypeError: `net` is no network, or `dataset` no `TensorDataset` of images and labels.
     """
     check_network(net)
-    return count_answers(net, *as_tensors(dataset))
-
-
-@torch.no_grad()
-def count_answers(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Evaluation:
-    """`evaluate` without its checks, so that the images may bring their products along (see `with_first_products`)."""
+    images, labels = as_tensors(dataset)
     weight = next(net.parameters(), images)  # a network without parameters takes the images as they are
-    with _mode(net, training=False):
-        predictions = torch.cat([_logits(net, part.to(weight)).argmax(dim=1) for part in images.split(500)])
+    with _mode(net, training=False), torch.no_grad():
+        return _compared(torch.cat([_logits(net, part.to(weight)).argmax(dim=1) for part in images.split(500)]), labels)
+
+
+class SharedTest:
+    """`evaluate`, without its checks, for one adapter after another on one frozen base: what stays the same is computed once.
+
+    LoRA is computed thinly (see `factorised`). Images of one digit are tested together, since they leave the same hidden units
+    silent (see `Backpropagation`).
+
+    Args:
+        net: the base with any adapter.
+        dataset: as of `evaluate`.
+    """
+
+    def __init__(self, net: nn.Module, dataset: TensorDataset):
+        images, self._labels = as_tensors(dataset)
+        self._order = self._labels.argsort(stable=True)
+        images = images.to(next(net.parameters()))
+        self._parts = [
+            part
+            for of_one_digit in with_first_products(net, images[self._order.to(images.device)]).split(self._labels.bincount().tolist())
+            for part in of_one_digit.split(500)
+        ]
+        self._transposed = transposed_weight(net)
+
+    @torch.no_grad()
+    def __call__(self, net: nn.Module) -> Evaluation:
+        written_out = _written_out(net, self._transposed)
+        with _mode(net, training=False), factorised(net):
+            logits = written_out.logits if written_out else partial(_logits, net)
+            answers = torch.cat([logits(part).argmax(dim=1) for part in self._parts]).to(self._labels.device)
+        return _compared(torch.empty_like(answers).index_copy_(0, self._order, answers), self._labels)
+
+
+def _compared(predictions: torch.Tensor, labels: torch.Tensor) -> Evaluation:
     predictions = predictions.to(labels.device)
     return Evaluation(torch.bincount(labels * 10 + predictions, minlength=100).reshape(10, 10).cpu(), predictions)
 
@@ -267,13 +296,13 @@ def _logits(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _written_out(net: nn.Module) -> Backpropagation | None:
+def _written_out(net: nn.Module, transposed: torch.Tensor | None = None) -> Backpropagation | None:
     """How the gradients of `net` are found without autograd, where that can be done."""
     try:
         check_copies([net])
     except ValueError:
         return None
-    return Backpropagation([net])
+    return Backpropagation([net], transposed)
 
 
 def _by_autograd(net: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -318,13 +347,17 @@ class _Adam:
 
 
 def _drawn(
-    net: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int | None
+    net: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int | None, steps: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What `net` is given for each batch, and the labels; fetched for twenty batches at once, which costs less."""
-    batches = shuffled_batches(len(labels), batch_size, seed)
+    """What `net` is given for each of `steps` batches, and the labels; fetched for twenty batches at once, which costs less."""
+    at_once = len(images) <= min(steps * batch_size, 5000)  # else many are never drawn, or they fill the memory
+    if at_once:
+        images = with_first_products(net, images)
+    batches = islice(shuffled_batches(len(labels), batch_size, seed), steps)
     while ahead := list(islice(batches, 20)):
         chosen, sizes = torch.cat(ahead).to(images.device), [len(batch) for batch in ahead]
-        yield from zip(with_first_products(net, images[chosen]).split(sizes), labels[chosen].split(sizes))
+        drawn = images[chosen] if at_once else with_first_products(net, images[chosen])
+        yield from zip(drawn.split(sizes), labels[chosen].split(sizes))
 
 
 def shuffled_batches(size: int, batch_size: int, seed: int | None) -> Iterator[torch.Tensor]:

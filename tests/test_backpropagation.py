@@ -65,6 +65,27 @@ def test_gradients_are_those_of_autograd(layers, settings, rows):
     assert torch.equal(before, kept), "what it was given is left alone"
 
 
+@pytest.mark.parametrize("layers", [None, ["linear1"], ["linear2"]], ids=str)
+@pytest.mark.parametrize("settings", [MIXED, MIXED[:1]], ids=len)
+@pytest.mark.parametrize("silent", [0, 7, 8, 9, 30, 32])
+def test_units_that_are_silent_for_the_whole_batch_are_left_out(layers, settings, silent):
+    """Once they are more than a quarter."""
+    nets = twins(*settings, layers=layers)
+    with torch.no_grad():
+        for net in nets:
+            net.linear1.bias[:silent] = -1000
+            net.linear1.bias[silent:] = 100  # awake, whatever the image
+            net.linear2.bias -= 1
+    images, labels = torch.randn(6 * len(nets), 784, dtype=torch.float64), torch.randint(10, (6 * len(nets),))
+    check_gradients(nets, images, labels)
+    second = Backpropagation(nets)._layers[1]
+    hidden = torch.relu(nets[0].linear1(images[:6]))
+    second.forward(hidden.expand(len(nets), -1, -1) if len(nets) > 1 else hidden)
+    assert (second._awake is None) == (silent <= 8)
+    for net, x in zip(nets, images.chunk(len(nets))):
+        assert torch.allclose(Backpropagation([net]).logits(x), net(x), rtol=1e-9)
+
+
 def test_what_is_frozen_gets_no_gradient():
     nets = twins((2, 1), (2, 1))
     nets[1].linear2.parametrizations.weight[0].lora_A.requires_grad_(False)

@@ -181,7 +181,7 @@ def test_sweeps(base, mnist, monkeypatch, name, target, number):
 
 def test_a_sweep_while_it_tests(base, mnist, monkeypatch):
     whole = repr(EXPERIMENTS["sweep"](base, mnist))
-    stop_at(lambda: EXPERIMENTS["sweep"](base, mnist), monkeypatch, "lora_helpers.scaling.count_answers", 2)
+    stop_at(lambda: EXPERIMENTS["sweep"](base, mnist), monkeypatch, "lora_helpers.training._compared", 2)
     assert repr(EXPERIMENTS["sweep"](base, mnist)) == whole
 
 
@@ -224,7 +224,7 @@ def undisturbed(trained, mnist):
 
 WHILE_REFRESHING = [
     *((target, number) for target in TRAINING for number in (1, 30, 100)),
-    ("lora_helpers.finetuning.count_answers", 1),
+    ("lora_helpers.training._compared", 1),
     ("lora_helpers.finetuning.singular_values", 2),
     ("lora_helpers.finetuning.remove_lora", 1),
     ("lora_helpers.finetuning.add_lora", 1),
@@ -425,7 +425,7 @@ def test_a_preset_and_the_panels_that_follow(base, mnist, monkeypatch):
     assert "test image 7" in pad.summary and not pad.status
 
 
-@pytest.mark.parametrize("target, number", [(TRAINING[0], 1), (TRAINING[0], 90), ("lora_helpers.finetuning.count_answers", 3)])
+@pytest.mark.parametrize("target, number", [(TRAINING[0], 1), (TRAINING[0], 90), ("lora_helpers.training._compared", 3)])
 def test_the_scaling_lab(trained, mnist, monkeypatch, target, number):
     monkeypatch.setattr("lora_helpers.widgets.scaling_lab.RANKS", (1, 2, 4, 8, 16))
     lab = ScalingLab(trained, mnist)
