@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch.utils.data import TensorDataset
 
 from lora_helpers.finetuning import FineTuning
@@ -14,6 +15,7 @@ STRIP = 12  # images repaired, and as many broken, that are shown
 PALE = 0.35  # what LoRA would do if it were on
 ORIGINS = {"just tested": "trained before, tested just now"}  # in words that explain themselves
 REMEMBERED = 32  # drawings, of some 100 kB each
+TICKS = MaxNLocator(nbins=6, steps=[1, 2, 5, 10])
 ZERO = 1e-3  # where a logarithmic axis draws zero, and all that is smaller
 
 
@@ -51,9 +53,10 @@ class ExplorerPicture(LivePicture):
         self._ranks = ranks
         self._of, self._drawn = None, {}
         self._make_bars()
-        self._base_map, self._now_map = self._make_map(4.95, "base"), self._make_map(7.2, "LoRA on")
+        self._base_map, self._now_map = self._make_map(4.95, "base"), self._make_map(7.2, "")
         axes, image, numbers = self._now_map
-        self._moving += [image, axes.title, numbers]
+        self._now_title = Words(axes, fontsize=11, inches=True)
+        self._moving += [image, self._now_title, numbers]
         self._make_spectrum()
         self._strips = [self._make_strip(x) for x in (0.1, 5.6)]
 
@@ -65,14 +68,15 @@ class ExplorerPicture(LivePicture):
             for shift, color, hatch in ((-0.2, BEFORE, ""), (0.2, AFTER, "///"))
         ]
         self._changes = Words(axes, fontsize=9.5, room=4)
-        self._learned = axes.text(0, -0.085, "▲\nlearned", ha="center", va="top", fontsize=9, linespacing=1, transform=axes.get_xaxis_transform())
-        axes.set(xlim=(-0.6, 9.6), xticks=digits)
+        self._scale = Words(axes, fontsize=10, room=6, align="right")
+        self._learned = Words(axes, fontsize=9, inches=True)
+        self._bars_label = Words(axes, fontsize=10, align="left", inches=True)
+        axes.set(xlim=(-0.6, 9.6), xticks=digits, yticks=[])
         axes.tick_params(labelsize=10, length=0)
         axes.set_title("wrong answers per digit", loc="left", fontsize=11)
         axes.legend(self._bars, ["base", " " * 14], loc="lower right", frameon=False, fontsize=10, ncols=2, borderpad=0,
                     bbox_to_anchor=(1, 1.02), handlelength=1.4, columnspacing=1)  # fmt: skip
-        self._bars_label = axes.text(0.84, 1.055, "", fontsize=10, transform=axes.transAxes)
-        self._moving += [axes.yaxis, *self._bars[0], *self._bars[1], self._changes, self._learned, self._bars_label]
+        self._moving += [*self._bars[0], *self._bars[1], self._changes, self._scale, self._learned, self._bars_label]
 
     def _make_map(self, left, label):
         axes = self._place(left, 1.55, 2.05, 2.7)
@@ -81,9 +85,10 @@ class ExplorerPicture(LivePicture):
         axes.set(xticks=range(10), yticks=range(10))
         axes.tick_params(labelsize=9, length=0, pad=2)
         axes.set_xlabel("answer", fontsize=9, labelpad=1)
-        if label == "base":
+        if label:
             axes.set_ylabel("digit", fontsize=9, labelpad=1)
-        axes.set_title(f"mistakes, {label}", loc="center", fontsize=11)
+        if label:
+            axes.set_title(f"mistakes, {label}", loc="center", fontsize=11)
         return axes, image, numbers
 
     def _make_spectrum(self):
@@ -97,10 +102,11 @@ class ExplorerPicture(LivePicture):
         axes.set_title("singular values of ΔW", loc="right", fontsize=11)
         self._edge = axes.axvline(1, color="0.4", linewidth=1, linestyle="--")
         self._points = [axes.plot([], [], marker, color=color, markersize=4)[0] for color, marker in LAYER_STYLES]
-        self._norms = [self._write(9.6, 1.83 - 0.2 * row, fontsize=10, va="center") for row in range(3)]
-        for row, (color, marker) in enumerate(LAYER_STYLES):
+        self._norms = Words(axes, fontsize=10, room=5, align="left", inches=True)
+        for row, (name, (color, marker)) in enumerate(zip(self._ranks, LAYER_STYLES)):
+            self._write(9.6, 1.83 - 0.2 * row, fontsize=10, va="center").set_text(f"{name} ‖ΔW‖")
             axes.plot([-0.2], [-0.31 - 0.108 * row], marker, color=color, markersize=6, transform=axes.transAxes, clip_on=False)
-        self._moving += [self._edge, *self._points, *self._norms]
+        self._moving += [self._edge, *self._points, self._norms]
 
     def _make_strip(self, left):
         axes = self._place(left, 0.3, 5.3, 5.3 / STRIP)
@@ -108,9 +114,10 @@ class ExplorerPicture(LivePicture):
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         answers = Words(axes, fontsize=9.5, room=5)
-        heading = axes.text(0, -4, "", fontsize=11)
+        self._write(left + 5.3, 0.85, fontsize=9.5, ha="right", va="center", color="0.3").set_text(f"up to {STRIP} shown: base's answer → LoRA's")
+        heading = Words(axes, fontsize=11, align="left", inches=True)
         self._moving += [image, heading, answers]
-        return heading, image, answers
+        return left, heading, image, answers
 
     def update(self, result: FineTuning, enabled: bool, summary: str) -> "ExplorerPicture":
         """Shows `result` with LoRA on or off; returns the picture itself."""
@@ -121,10 +128,10 @@ class ExplorerPicture(LivePicture):
         if self._background is None:  # the base stays the same, its shades too
             _fill_map(self._base_map, result.off)
         _fill_map(self._now_map, now)
-        self._now_map[0].title.set_text(f"mistakes, {label}")
+        self._now_title.write([(8.225, 4.38, f"mistakes, {label}", "black")])
         self._update_spectrum(result, enabled)
         for strip, indices, (done, would) in zip(self._strips, (result.repaired, result.broken), (("repaired", "repair"), ("broken", "break"))):
-            self._update_strip(strip, indices, f"{done} by LoRA:" if enabled else f"LoRA on would {would}", result, enabled)
+            self._update_strip(strip, indices, f"{done} by LoRA:" if enabled else f"LoRA on would {would}:", result, enabled)
         return self
 
     def png(self) -> bytes:
@@ -141,26 +148,27 @@ class ExplorerPicture(LivePicture):
         heights = result.off.wrong_counts, now.wrong_counts
         top = max(*result.off.wrong_counts, *result.on.wrong_counts, 10)  # whatever the switch: the base's bars keep their height
         self._axes_bars.set_ylim(0, top * 1.1)
-        self._learned.set_x(result.settings.digit)
+        self._scale.write((-0.75, tick, f"{tick:.0f}", "black") for tick in TICKS.tick_values(0, top) if 0 <= tick <= top * 1.1)
+        x = 0.45 + 4.05 * (result.settings.digit + 0.6) / 10.2
+        self._learned.write([(x, 1.27, "▲", "black"), (x, 1.11, "learned", "black")])
         for bars, values in zip(self._bars, heights):
             for bar, value in zip(bars, values):
                 bar.set_height(value)
         above = top * 0.035
         self._changes.write((digit, max(old, new) + above, signed(new - old), "black") for digit, (old, new) in enumerate(zip(*heights)))
-        self._bars_label.set_text(label)
+        self._bars_label.write([(3.95, 4.45, label, "black")])
 
     def _update_spectrum(self, result, enabled):
-        for points, text, (name, values) in zip(self._points, self._norms, result.singular_values.items()):
+        for points, (name, values) in zip(self._points, result.singular_values.items()):
             heights = np.full(min(64, self._ranks[name]), ZERO)
             heights[: len(values)] = values.clamp(min=ZERO)
             points.set_data(np.arange(1, len(heights) + 1), heights)
             points.set_alpha(1 if enabled else PALE)  # there, but not added to the weights
-            norm = values.norm().item()
-            text.set_text(f"{name} ‖ΔW‖ " + (f"{norm:.0f}" if norm >= 100 else f"{norm:.1f}" if norm >= 1 else f"{norm:.2g}"))
+        self._norms.write((10.56, 1.83 - 0.2 * row, _three_digits(norm), "black") for row, norm in enumerate(result.norms.values()))
         self._edge.set_xdata([result.settings.rank * 1.1] * 2)
 
     def _update_strip(self, strip, indices, words, result, enabled):
-        heading, image, answers = strip
+        left, heading, image, answers = strip
         places = torch.linspace(0, len(indices) - 1, min(STRIP, len(indices)), device=indices.device).round().long()
         chosen = indices[places].tolist()
         mosaic = np.zeros((28, 28 * STRIP))
@@ -171,8 +179,7 @@ class ExplorerPicture(LivePicture):
         answers.write((28 * n + 13.5, 33, change, "black") for n, change in enumerate(changes))
         image.set_data(mosaic)
         image.set_alpha(1 if enabled else PALE)
-        explained = f", {len(chosen)} shown" if len(chosen) < len(indices) else ""
-        heading.set_text(f"{words} {len(indices):,}{explained}" + (" (base's answer → LoRA's)" if chosen else ""))
+        heading.write([(left, 0.85, words, "black"), (left + heading.width(words) + 0.08, 0.85, f"{len(indices):,}", "black")])
 
 
 def _fill_map(part, shown: Evaluation) -> None:
@@ -185,6 +192,10 @@ def _fill_map(part, shown: Evaluation) -> None:
         (x, y, str(count) if count else "", ink(ground))
         for (y, x), count, ground in zip(np.ndindex(mistakes.shape), mistakes.flat, image.to_rgba(shades).reshape(-1, 4))
     )
+
+
+def _three_digits(norm: float) -> str:
+    return f"{norm:.0f}" if norm >= 100 else f"{norm:.1f}" if norm >= 1 else f"{norm:.2g}"
 
 
 def _others(shown: Evaluation, digit: int) -> int:

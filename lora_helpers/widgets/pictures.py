@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
-from matplotlib.image import imsave
 from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.textpath import TextPath
 from matplotlib.transforms import Affine2D
+from PIL import Image  # comes with matplotlib
 
 from lora_helpers import plots
 from lora_helpers.plots import Picture
@@ -68,7 +68,8 @@ class LivePicture(Picture):
         for artist in self._moving:
             artist.draw(renderer)
         buffer = io.BytesIO()
-        imsave(buffer, self._canvas.buffer_rgba(), format="png", pil_kwargs={"compress_level": 1})
+        pixels = Image.frombuffer("RGBA", self._canvas.get_width_height(), self._canvas.buffer_rgba())
+        pixels.convert("RGB").save(buffer, "png", compress_level=1)
         return buffer.getvalue()
 
     def _place(self, left: float, bottom: float, width: float, height: float) -> Axes:
@@ -81,34 +82,44 @@ class LivePicture(Picture):
 
 
 class Words(PathCollection):
-    """Many short words in one picture, their outlines drawn together: as `Text`s, each would take a millisecond.
+    """Words in a picture, their outlines drawn together and kept: as `Text`s, each would take some milliseconds.
 
     Args:
-        axes: whose data coordinates the places are in.
+        axes: whose data coordinates the places are in, unless `inches`, from the picture's lower left, are asked for.
         fontsize: in points.
         room: for how many characters there is room; longer words are written smaller.
+        align: which part of a word stands at its place: "left", "center" or "right".
+
+    Attributes:
+        words: what is written, each as x, y of its middle line, the word, and its colour.
     """
 
-    def __init__(self, axes: Axes, fontsize: float, room: int):
-        pixels = Affine2D().scale(1 / 72) + axes.figure.dpi_scale_trans
-        super().__init__([], offset_transform=axes.transData, linewidths=0, clip_on=False)
-        self.set_transform(pixels)
-        self._fontsize, self._room = fontsize, room
+    def __init__(self, axes: Axes, fontsize: float, room: int = 100, align: str = "center", inches: bool = False):
+        to_inches = axes.figure.dpi_scale_trans
+        super().__init__([], offset_transform=to_inches if inches else axes.transData, linewidths=0, clip_on=False)
+        self.set_transform(Affine2D().scale(1 / 72) + to_inches)
+        self._fontsize, self._room, self._align, self.words = fontsize, room, align, []
         axes.add_collection(self, autolim=False)
 
     def write(self, words: Iterable[tuple[float, float, str, str]]) -> None:
-        """Replaces what is written; each is given as x and y of its middle, the word, and its colour."""
-        words = [word for word in words if word[2]]
-        self.set_paths([_outline(word, self._fontsize * min(1, self._room / len(word))) for _, _, word, _ in words])
+        """Replaces what is written."""
+        self.words = words = [word for word in words if word[2]]
+        self.set_paths([_outline(word, self._fontsize * min(1, self._room / len(word)), self._align) for _, _, word, _ in words])
         self.set_offsets(np.reshape([(x, y) for x, y, _, _ in words], (-1, 2)))  # of none, too
         self.set_facecolor([color for *_, color in words])
 
+    def width(self, word: str) -> float:
+        """How wide `word` is written, in inches."""
+        return _outline(word, self._fontsize, self._align).get_extents().width / 72
 
-@lru_cache(maxsize=1024)
-def _outline(word: str, fontsize: float) -> Path:
-    """The word around the origin, in points; its middle is that of a digit, so that all words stand on one line."""
+
+@lru_cache(maxsize=2048)
+def _outline(word: str, fontsize: float, align: str) -> Path:
+    """The word beside or around the origin, in points; its middle line is that of a digit, so that all words stand on one line."""
     path = TextPath((0, 0), word, size=fontsize)
-    return path.transformed(Affine2D().translate(-path.get_extents().intervalx.mean(), -_half_digit(fontsize)))
+    left, right = path.get_extents().intervalx
+    x = {"left": left, "center": (left + right) / 2, "right": right}[align]
+    return path.transformed(Affine2D().translate(-x, -_half_digit(fontsize)))
 
 
 @lru_cache
