@@ -3,14 +3,16 @@
 import io
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
+from matplotlib.font_manager import FontProperties
 from matplotlib.path import Path
 from matplotlib.text import Text
-from matplotlib.textpath import TextPath
+from matplotlib.textpath import TextPath, text_to_path
 from matplotlib.transforms import Affine2D
 from PIL import Image  # comes with matplotlib
 
@@ -110,16 +112,25 @@ class Words(PathCollection):
 
     def width(self, word: str) -> float:
         """How wide `word` is written, in inches."""
-        return _outline(word, self._fontsize, self._align).get_extents().width / 72
+        return sum(_glyph(character, self._fontsize)[1] for character in word) / 72
 
 
 @lru_cache(maxsize=2048)
 def _outline(word: str, fontsize: float, align: str) -> Path:
     """The word beside or around the origin, in points; its middle line is that of a digit, so that all words stand on one line."""
-    path = TextPath((0, 0), word, size=fontsize)
-    left, right = path.get_extents().intervalx
-    x = {"left": left, "center": (left + right) / 2, "right": right}[align]
-    return path.transformed(Affine2D().translate(-x, -_half_digit(fontsize)))
+    glyphs, advances = zip(*(_glyph(character, fontsize) for character in word))
+    *starts, width = accumulate(advances, initial=0)
+    left = {"left": 0, "center": width / 2, "right": width}[align]
+    down = _half_digit(fontsize)
+    inked = [(glyph.vertices + (start - left, -down), glyph.codes) for glyph, start in zip(glyphs, starts) if len(glyph.vertices)]
+    return Path(*map(np.concatenate, zip(*inked)))
+
+
+@lru_cache(maxsize=1024)
+def _glyph(character: str, fontsize: float) -> tuple[Path, float]:
+    """The outline of a character, and how far on the next one begins, both in points."""
+    advance, *_ = text_to_path.get_text_width_height_descent(character, FontProperties(size=fontsize), ismath=False)
+    return Path(np.empty((0, 2))) if character.isspace() else TextPath((0, 0), character, size=fontsize), advance
 
 
 @lru_cache
