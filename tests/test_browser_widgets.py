@@ -444,7 +444,7 @@ def test_latency_is_measured_and_printed(explorer, page):
     field.press("Enter")
     expect(explorer.locator("output")).to_have_text(re.compile("seed 21, just trained"), timeout=20_000)
     times = {"trained": [], "remembered": [], "switched": []}
-    for _ in range(5):
+    for _ in range(6):  # as far as rank 64
         times["trained"].append(milliseconds(page, explorer, lambda: rank.press("ArrowRight")))
         time.sleep(0.3)
     for key in 3 * ["ArrowLeft", "ArrowRight"]:
@@ -453,7 +453,7 @@ def test_latency_is_measured_and_printed(explorer, page):
         times["switched"].append(milliseconds(page, explorer, lambda: switch.press("Space")))
         time.sleep(0.3)
     for kind, values in times.items():
-        print(f"\n{kind}: {sorted(round(value) for value in values)} ms from key to picture", end="")
+        print(f"\n{kind}: {[round(value) for value in values]} ms from key to picture", end="")
     assert all(values and min(values) > 0 for values in times.values())
 
 
