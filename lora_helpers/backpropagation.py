@@ -58,12 +58,12 @@ class Backpropagation:
 
         ∂L/∂B = Dᵀ s (x Aᵀ)      ∂L/∂A = (s D B)ᵀ x      ∂L/∂x = D W + (s D B) A
 
-    and begins, behind the last layer, with D = (softmax(z) − one-hot label) / images. Of the units behind the first ReLU, those
-    that are zero for every image of a batch (four of five, for ten images of one digit) are left out of the products with W:
-    they add nothing to z, and the ReLU lets no gradient through to them.
+    and begins, behind the last layer, with D = (softmax(z) − one-hot label) / images. Units behind the first ReLU that are zero for
+    every image of a batch add nothing to z, and the ReLU lets no gradient through to them. Ten images of one digit leave four in five
+    silent so. On the CPU, where they are more than a quarter, they are left out of the products with the frozen weight.
 
     Args:
-        nets: such as `check_copies` lets pass. Which adapters are in use, and their scales, must stay so.
+        nets: such as `check_copies` lets pass. Which adapters are in use, their scales and the base must stay so.
         transposed: what `transposed_weight` gave for another net of the same base, which saves time.
 
     Source: Goodfellow, Bengio and Courville, Deep Learning (2016), section 6.5; Hu et al., arXiv 2106.09685, equation (3).
@@ -126,8 +126,11 @@ def transposed_weight(net: nn.Module) -> torch.Tensor | None:
 
     None on a GPU, where taking parts does not pay, and for other networks.
     """
-    weight = _frozen_weight(net.linear2) if type(net) is RichBoyNet else None
-    return None if weight is None or weight.device.type != "cpu" else weight.detach().T.contiguous()
+    layer = net.linear2 if type(net) is RichBoyNet else None
+    if not (type(layer) is nn.Linear or (layer is not None and has_only_lora(layer))):
+        return None
+    weight = _frozen_weight(layer)
+    return weight.detach().T.contiguous() if weight.device.type == "cpu" else None
 
 
 def _frozen_weight(layer: nn.Linear) -> torch.Tensor:
@@ -163,7 +166,7 @@ class _Layer:
             group.set_gradients(D)
 
     def backward(self, D: torch.Tensor) -> torch.Tensor:
-        """∂L/∂x, where x was not zero for all images; `set_gradients` must have been called."""
+        """∂L/∂x, if it is masked by the ReLU before x: where that is silent, a part is left out. `set_gradients` must have been called."""
         gradient = self._frozen_backward(D.flatten(0, -2)).view(*D.shape[:-1], -1)
         for group in self._groups:
             group.add_backwards(gradient)

@@ -186,20 +186,17 @@ class SharedTest:
     silent (see `Backpropagation`).
 
     Args:
-        net: the base with any adapter.
+        net: the base with any adapter; its frozen weights must stay as they are.
         dataset: as of `evaluate`.
     """
 
     def __init__(self, net: nn.Module, dataset: TensorDataset):
         images, self._labels = as_tensors(dataset)
-        self._order = self._labels.argsort(stable=True)
-        images = images.to(next(net.parameters()))
-        self._parts = [
-            part
-            for of_one_digit in with_first_products(net, images[self._order.to(images.device)]).split(self._labels.bincount().tolist())
-            for part in of_one_digit.split(500)
-        ]
         self._transposed = transposed_weight(net)
+        self._order, counts = self._labels.argsort(stable=True), self._labels.bincount().tolist()
+        images = images.to(next(net.parameters()))
+        images = with_first_products(net, images[self._order.to(images.device)])
+        self._parts = [part for of_one_digit in images.split(counts) if len(of_one_digit) for part in of_one_digit.split(500)]
 
     @torch.no_grad()
     def __call__(self, net: nn.Module) -> Evaluation:
@@ -350,7 +347,7 @@ def _drawn(
     net: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size: int, seed: int | None, steps: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What `net` is given for each of `steps` batches, and the labels; fetched for twenty batches at once, which costs less."""
-    at_once = len(images) <= min(steps * batch_size, 5000)  # else many are never drawn, or they fill the memory
+    at_once = len(images) <= 1000  # of more images, many may never be drawn
     if at_once:
         images = with_first_products(net, images)
     batches = islice(shuffled_batches(len(labels), batch_size, seed), steps)

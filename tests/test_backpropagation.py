@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lora_helpers import RichBoyNet, add_lora, freeze_base, load_mnist, only_digit, remove_lora, set_lora_enabled, train, train_side_by_side
-from lora_helpers.backpropagation import Backpropagation, check_copies
+from lora_helpers.backpropagation import Backpropagation, check_copies, transposed_weight
 from lora_helpers.factorisation import frozen_backward, frozen_linear, with_first_products
 from lora_helpers.lora import lora_layers
 
@@ -84,6 +84,15 @@ def test_units_that_are_silent_for_the_whole_batch_are_left_out(layers, settings
     assert (second._awake is None) == (silent <= 8)
     for net, x in zip(nets, images.chunk(len(nets))):
         assert torch.allclose(Backpropagation([net]).logits(x), net(x), rtol=1e-9)
+
+
+def test_only_a_plain_layer_is_laid_out_anew():
+    net = RichBoyNet(32, 40)
+    assert torch.equal(transposed_weight(net), net.linear2.weight.T)
+    adapted = add_lora(copy.deepcopy(net))
+    assert torch.equal(transposed_weight(adapted), net.linear2.weight.T)
+    net.linear2 = torch.nn.Sequential(net.linear2)
+    assert transposed_weight(net) is transposed_weight(torch.nn.Linear(2, 2)) is None
 
 
 def test_what_is_frozen_gets_no_gradient():

@@ -14,6 +14,7 @@ from lora_helpers import (
     DigitPad, LoRAExplorer, ParametrizationInspector, RichBoyNet, ScalingLab, as_mnist, load_mnist, pretrained_base, projector_mode,
 )  # fmt: skip
 from lora_helpers.data import MEAN, STD
+from lora_helpers.widgets import inspector
 from lora_helpers.widgets.inspector import inspect
 from lora_helpers.widgets.scaling_lab import RANKS
 
@@ -171,6 +172,17 @@ def test_a_higher_rank_comes_nearer_to_the_task():
     layer = ParametrizationInspector()._layer
     losses = [inspect(layer, rank=rank, steps=200).loss for rank in (1, 2, 4)]
     assert losses[0] > losses[1] > losses[2]
+
+
+def test_the_inspector_trains_each_setting_once(monkeypatch):
+    trained = []
+    monkeypatch.setattr(inspector, "inspect", lambda layer, **settings: trained.append(settings) or inspect(layer, **settings))
+    panel = ParametrizationInspector()
+    for rank, enabled in ((1, False), (1, True), (2, True), (1, True)):
+        panel.rank, panel.enabled = rank, enabled
+    assert [settings["rank"] for settings in trained] == [1, 2] and panel.summary.endswith("seed 0, remembered")
+    panel.steps = 60
+    assert len(trained) == 3 and panel.summary.endswith("seed 0, just trained")
 
 
 def test_the_inspector_moves_and_refuses():

@@ -67,7 +67,8 @@ class Panel(widgets.VBox):
         self._shown: Shown | None = None
         self._in_place: Shown | None = None  # what `_show` has put into place, to the end
         self._held = False
-        self._text, self._image, self._trouble = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self._text, self._image = widgets.HTML(), widgets.HTML()
+        self._trouble = widgets.HTML(layout=widgets.Layout(min_height="32px"))  # room for a line, so that nothing jumps
         middle = widgets.HBox([*beside, self._image], layout=WRAP) if beside else self._image
         super().__init__([*controls, self._text, middle, *below, self._trouble])
         self.add_class("lora-panel")

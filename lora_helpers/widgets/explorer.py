@@ -83,7 +83,7 @@ class LoRAExplorer(Panel):
     def _make_controls(self) -> list[widgets.Widget]:
         shares = [(f"{share:.0%}", share) for share in SHARES]
         rank_tip, alpha_tip = "rank r of every adapter: rows of A, columns of B", "α: the update is scaled by α/r"
-        batches_tip = "batches of 10 images trained so far: go back and forth through the training"
+        batches_tip = "batches of 10 images trained so far: go back and forth through the training (beyond 100: a longer one, once)"
         share_tip = "share of the training images that show other digits"
         self.rank_slider = powers_of_two(0, 6, self.rank, rank_tip)
         self.alpha_slider = powers_of_two(-4, 6, self.alpha, alpha_tip)

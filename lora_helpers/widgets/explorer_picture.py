@@ -49,7 +49,7 @@ class ExplorerPicture(LivePicture):
 
     def __init__(self, test: TensorDataset, ranks: dict[str, int], caption: bool = False):
         super().__init__(11, 4.55, caption)
-        self._images, self._labels = test.tensors
+        self._images = test.tensors[0]
         self._ranks = ranks
         self._of, self._drawn = None, {}
         self._make_bars()
@@ -122,7 +122,7 @@ class ExplorerPicture(LivePicture):
     def update(self, result: FineTuning, enabled: bool, summary: str) -> "ExplorerPicture":
         """Shows `result` with LoRA on or off; returns the picture itself."""
         now, label = (result.on, "LoRA on") if enabled else (result.off, "LoRA off")
-        self._of = (result.settings, enabled, self._caption.get_visible() and summary)
+        self._of = (result, enabled, self._caption.get_visible() and summary)
         self.describe(summary)
         self._update_bars(result, now, label)
         if self._background is None:  # the base stays the same, its shades too
@@ -173,8 +173,8 @@ class ExplorerPicture(LivePicture):
         chosen = indices[places].tolist()
         mosaic = np.zeros((28, 28 * STRIP))
         for n, index in enumerate(chosen):
-            pixels = self._images[index].squeeze().cpu().numpy()
-            mosaic[:, 28 * n : 28 * n + 28] = (pixels - pixels.min()) / (pixels.max() - pixels.min())
+            pixels = self._images[index].reshape(28, 28).cpu().numpy()
+            mosaic[:, 28 * n : 28 * n + 28] = (pixels - pixels.min()) / (np.ptp(pixels) or 1)  # an empty image has no ink
         changes = [f"{result.off.predictions[index]} → {result.on.predictions[index]}" for index in chosen]
         answers.write((28 * n + 13.5, 33, change, "black") for n, change in enumerate(changes))
         image.set_data(mosaic)

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import ipywidgets as widgets
 import torch
@@ -148,6 +149,7 @@ class ParametrizationInspector(Panel):
         if not all(MAX_RANK <= side <= 8 for side in layer.weight.shape):
             raise ValueError(f"The weight is {tuple(layer.weight.shape)}; both sides must be {MAX_RANK} to 8 for its numbers to be read.")
         self._layer = copy.deepcopy(layer).cpu()  # so small a one is quickest there
+        self._inspect = lru_cache(maxsize=128)(partial(inspect, self._layer, seed=SEED))
         rank_tip, alpha_tip, steps_tip = "rank r: rows of A, columns of B", "α: the update is scaled by α/r", "steps of training; at 0, B = 0"
         slider = {"readout": False, "continuous_update": False, "layout": widgets.Layout(width="190px")}
         self.rank_slider = widgets.IntSlider(self.rank, min=1, max=MAX_RANK, tooltip=rank_tip, **slider)
@@ -169,15 +171,17 @@ class ParametrizationInspector(Panel):
 
     def _refresh(self, state):
         rank, alpha, steps, enabled = state
-        result = inspect(self._layer, rank=rank, alpha=alpha, steps=steps, seed=SEED)
-        summary = _summarise(result, enabled, steps)
+        remembered = self._inspect.cache_info().hits
+        result = self._inspect(rank=rank, alpha=alpha, steps=steps)
+        origin = "remembered" if self._inspect.cache_info().hits > remembered else "just trained"
+        summary = _summarise(result, enabled, steps, origin)
         return InspectorPicture(result, enabled, summary), summary, {"result": result}
 
     def _draw(self) -> InspectorPicture:
         return InspectorPicture(self.result, self._shown.state[-1], self.summary, caption=True)
 
 
-def _summarise(shown: Inspection, enabled: bool, steps: int) -> str:
+def _summarise(shown: Inspection, enabled: bool, steps: int, origin: str) -> str:
     trained = shown.lora_A.numel() + shown.lora_B.numel()
     same = "the weight is W, to the bit" if torch.equal(shown.effective if enabled else shown.effective_off, shown.weight) else (
         f"‖ΔW‖ {shown.update.norm():.2f}, of rank {torch.linalg.matrix_rank(shown.update).item()}"
@@ -185,5 +189,5 @@ def _summarise(shown: Inspection, enabled: bool, steps: int) -> str:
     return (
         f"LoRA {'on' if enabled else 'off'} · rank {shown.rank} · α {shown.alpha:g} · α/r {shown.alpha / shown.rank:.3g} · {same} · "
         f"stored: {shown.weight.numel()} frozen in W, {trained} trained in A and B · "
-        f"loss {shown.loss_before:.2f} → {shown.loss if enabled else shown.loss_before:.2f} after {steps} steps · seed {SEED}, just trained"
+        f"loss {shown.loss_before:.2f} → {shown.loss if enabled else shown.loss_before:.2f} after {steps} steps · seed {SEED}, {origin}"
     )

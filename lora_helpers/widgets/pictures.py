@@ -105,7 +105,7 @@ class Words(PathCollection):
 
     def write(self, words: Iterable[tuple[float, float, str, str]]) -> None:
         """Replaces what is written."""
-        self.words = words = [word for word in words if word[2]]
+        self.words = words = [word for word in words if word[2].strip()]
         self.set_paths([_outline(word, self._fontsize * min(1, self._room / len(word)), self._align) for _, _, word, _ in words])
         self.set_offsets(np.reshape([(x, y) for x, y, _, _ in words], (-1, 2)))  # of none, too
         self.set_facecolor([color for *_, color in words])

@@ -25,15 +25,19 @@ class ScalingPicture(LivePicture):
         axes = self._axes = self._place(0.75, 0.5, 4.6, 2.75)
         axes.set(xscale="log", yscale="log", xlim=(0.85, 75), ylim=(LOW, HIGH))
         self._lines = [axes.plot([], [], line, marker=marker, color=color, markersize=6)[0] for _, color, marker, line, _ in CURVES]
-        self._words = [axes.text(0.03, 0.95 - 0.08 * row, "", color=curve[1], fontsize=11, va="top", transform=axes.transAxes)
-                       for row, curve in enumerate(CURVES)]  # fmt: skip
+        self._words = []
+        for row, (_, color, _, _, sign) in enumerate(CURVES):  # words are black, to be read; the sign has the curve's colour
+            axes.text(0.03, 0.95 - 0.08 * row, sign, color=color, fontsize=11, va="top", transform=axes.transAxes)
+            self._words.append(axes.text(0.07, 0.95 - 0.08 * row, "", fontsize=11, va="top", transform=axes.transAxes))
         self._title = axes.text(0, 1.04, "", fontsize=11, transform=axes.transAxes)
         right = self._place(6.3, 0.5, 4.5, 2.75)
         right.set(xscale="log", xlim=(0.85, 75), ylim=(-3, 122), yticks=range(0, 101, 20))
         right.set_title("what the network does: wrong answers, %", loc="left", fontsize=11)
         self._nines = right.plot([], [], "-D", color="#CC79A7", markersize=6)[0]
         self._others = right.plot([], [], "--v", color="#000000", markersize=6)[0]
-        self._right_words = [right.text(x, 111, "", fontsize=11, va="center", color=c) for x, c in ((1, "#CC79A7"), (4, "black"))]
+        for x, sign, color in ((1, "◆", "#CC79A7"), (4, "▼", "black")):
+            right.text(x, 111, sign, fontsize=11, va="center", color=color)
+        self._right_words = [right.text(x * 1.22, 111, "", fontsize=11, va="center") for x in (1, 4)]
         self._marks = []
         for part, top in ((axes, 0.73), (right, 0.83)):  # the mark leaves the words alone
             part.set_xticks(RANKS, [str(rank) for rank in RANKS])
@@ -49,15 +53,15 @@ class ScalingPicture(LivePicture):
         self.describe(summary)
         norms = np.array([result.norms[layer] for result in results])
         values = norms / scales, np.array(scales), norms
-        for line, word, heights, (name, _, _, _, sign) in zip(self._lines, self._words, values, CURVES):
+        for line, word, heights, (name, *_) in zip(self._lines, self._words, values, CURVES):
             line.set_data(RANKS, heights)
-            word.set_text(f"{sign} {name} ∝ r^{slope(RANKS, heights.tolist()):.2f}".replace("-", "−").replace("−0.00", "0.00"))
+            word.set_text(f"{name} ∝ r^{slope(RANKS, heights.tolist()):.2f}".replace("-", "−").replace("−0.00", "0.00"))
         self._title.set_text(f"{layer}: ‖BA‖ × scale = ‖ΔW‖")
         digit = results[0].settings.digit
         nines, others = zip(*(_wrong_shares(result) for result in results))
         self._nines.set_data(RANKS, nines)
         self._others.set_data(RANKS, others)
-        for word, text in zip(self._right_words, (f"◆ {digit}s", "▼ other digits")):
+        for word, text in zip(self._right_words, (f"{digit}s", "other digits")):
             word.set_text(text)
         for mark in self._marks:
             mark.set_xdata([rank, rank])
@@ -139,4 +143,5 @@ def _wrong_shares(result: FineTuning) -> tuple[float, float]:
     """Wrong answers in per cent, of the learned digit and of the others."""
     digit, confusion = result.settings.digit, result.on.confusion
     wrong, images = result.on.wrong_counts, confusion.sum(dim=1).tolist()
-    return 100 * wrong[digit] / images[digit], 100 * (sum(wrong) - wrong[digit]) / (sum(images) - images[digit])
+    others = sum(images) - images[digit]
+    return 100 * wrong[digit] / max(images[digit], 1), 100 * (sum(wrong) - wrong[digit]) / max(others, 1)  # there may be none
