@@ -53,6 +53,11 @@ def clear_cache() -> None:
             pass  # it is not there, or holds other files
 
 
+def is_saved(name: str) -> bool:
+    """Whether there is a file of that name; `load_tensors` finds out whether it is whole."""
+    return os.path.isfile(cache_folder() / f"{name}.safetensors")
+
+
 def load_tensors(name: str, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     """The tensors saved under `name`, or None where there are none.
 

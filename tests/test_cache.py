@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_data import mirror  # noqa: F401  (fixture)
+from torch import nn
 from torch.utils.data import TensorDataset
 
-from lora_helpers import cache, cache_folder, clear_cache, load_mnist, pretrained_base, training
+from lora_helpers import cache, cache_folder, clear_cache, load_mnist, pretrained_base, train, training
 from lora_helpers.data import FILES, Mnist
 
 
@@ -259,6 +260,76 @@ def test_a_whole_file_is_read_and_nothing_is_trained(folder, few, monkeypatch):
     first = base(few)
     monkeypatch.setattr(training, "train", None)
     assert same(base(few), first) and torch.equal(torch.get_rng_state(), stream)
+
+
+class OwnNet(nn.Module):
+    """As a learner writes it."""
+
+    def __init__(self, between=nn.ReLU, hidden_size_1=1000):
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(28 * 28, hidden_size_1), nn.Linear(hidden_size_1, 2000)
+        self.linear3, self.between = nn.Linear(2000, 10), between()
+
+    def forward(self, images):
+        x = self.between(self.linear1(images.flatten(start_dim=1)))
+        return self.linear3(self.between(self.linear2(x)))
+
+
+def as_in_notebook_1(few, make=OwnNet, seed=0, change=lambda net: net, **settings):
+    torch.manual_seed(seed)
+    net = change(make())
+    train(net, few.train, **{"epochs": few.pretraining_epochs, "seed": 0, "progress": False} | settings)
+    return net.state_dict()
+
+
+def test_what_notebook_1_trains_is_the_base_of_the_others(folder, few, monkeypatch):
+    own = as_in_notebook_1(few)
+    assert len(list(folder.iterdir())) == 1 and training.base_is_cached(few)
+    monkeypatch.setattr(training, "train", None)
+    assert same(base(few), own)
+
+
+def freeze_a_layer(net):
+    net.linear1.requires_grad_(False)
+    return net
+
+
+NOT_QUITE = {
+    "another start": {"seed": 1},
+    "a frozen layer": {"change": freeze_a_layer},
+    "float64": {"change": lambda net: net.double()},
+    "another activation": {"make": lambda: OwnNet(nn.GELU)},
+    "dropout": {"make": lambda: OwnNet(nn.Dropout)},
+    "a smaller layer": {"make": lambda: OwnNet(hidden_size_1=900)},
+    "other names": {"make": lambda: nn.Sequential(nn.Flatten(), OwnNet())},
+    "another rate": {"lr": 2e-3},
+    "larger batches": {"batch_size": 20},
+    "counted batches": {"max_batches": 18},
+    "another optimiser": {"optimizer_class": torch.optim.SGD},
+}
+
+
+@pytest.mark.parametrize("other", NOT_QUITE.values(), ids=NOT_QUITE)
+def test_what_is_not_quite_the_base_is_not_kept(folder, few, other):
+    as_in_notebook_1(few, **other)
+    assert not folder.exists() and not training.base_is_cached(few)
+
+
+def test_a_base_of_other_images_or_passes_is_not_taken_for_this_one(folder, few):
+    images, labels = few.train.tensors
+    as_in_notebook_1(few, epochs=2)
+    as_in_notebook_1(Mnist(TensorDataset(images.flip(0), labels.flip(0)), few.test, "sample"))
+    assert len(list(folder.iterdir())) == 2 and not training.base_is_cached(few)
+
+
+def test_an_interrupted_lesson_keeps_nothing(folder, few, monkeypatch):
+    def stop(batch):
+        if batch == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        as_in_notebook_1(few, after_batch=stop)
+    assert not folder.exists()
 
 
 def test_all_that_determines_a_base_is_in_its_key(few, monkeypatch):

@@ -895,11 +895,12 @@ def test_a_slow_machine_is_ready_and_told_what_to_do(monkeypatch):
     assert "slow, but works" in repr(result) and "◐ slow, but works" in result._table()
 
 
-def test_a_base_that_cannot_be_cached_is_no_obstacle(monkeypatch, tmp_path):
-    def uncached(mnist, progress):
-        warnings.warn("Not cached")
-
-    monkeypatch.setattr(preflight_module, "pretrained_base", uncached)
+def test_a_base_that_is_not_cached_is_no_obstacle(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_CACHE", str(tmp_path))
+    result = preflight()
+    found = {check.what: check for check in result.checks}["base network"]
+    assert result.ready and found.state == "good" and "to be trained" in found.found and not list(tmp_path.iterdir())
+    monkeypatch.setattr(preflight_module, "_writable", lambda folder: False)
     found = preflight_module._base(load_mnist())
     assert found.state == "slow, but works" and "LORA_CACHE" in found.advice
 

@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from jupyter_core.paths import jupyter_path
 from lora_helpers.cache import cache_folder
 from lora_helpers.data import Mnist, load_mnist
 from lora_helpers.finetuning import fine_tune
-from lora_helpers.training import pretrained_base
+from lora_helpers.training import base_is_cached, pretrained_base, untrained_base
 
 PACKAGES = ("torch", "torchvision", "jupyterlab", "ipywidgets", "matplotlib", "numpy", "safetensors")
 SLOW = 3.0  # seconds for one fine-tuning, beyond which a slider is no longer pleasant to use live
@@ -81,7 +80,7 @@ class Preflight(widgets.VBox):
 def preflight() -> Preflight:
     """Looks at versions, data, cache, cores, device, the time of one fine-tuning and the widgets, and says what to do.
 
-    The base network is trained if it is not cached yet (seconds), so that no notebook has to wait for it afterwards.
+    Nothing is trained for it but two adapters; the base network is only looked for.
     """
     checks = [_versions(), _cores(), Check("device", _device())]
     try:
@@ -132,26 +131,22 @@ def _device() -> str:
 
 def _cache() -> Check:
     folder = cache_folder()
-    near = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if os.access(near, os.W_OK):
+    if _writable(folder):
         return Check("cache folder", _short(folder))
     return Check("cache folder", f"{_short(folder)}, read-only: what it holds is used, nothing is added")
 
 
 def _base(mnist: Mnist) -> Check:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        start = time.perf_counter()
-        pretrained_base(mnist, progress=False)
-        took = time.perf_counter() - start
-    if any("Not cached" in str(warning.message) for warning in caught):
-        advice = "Set LORA_CACHE to a folder that you may write to; until then each notebook trains its base anew."
-        return Check("base network", f"ready in {took:.1f} s, but not cached", SLUGGISH, advice)
-    return Check("base network", f"ready in {took:.1f} s")
+    if base_is_cached(mnist):
+        return Check("base network", "in the cache")
+    if _writable(cache_folder()):
+        return Check("base network", "to be trained, in seconds: notebook 1 shows how and keeps it; another notebook does it if it comes first")
+    advice = "Set LORA_CACHE to a folder that you may write to; until then each notebook trains its base anew."
+    return Check("base network", "not cached, and cannot be", SLUGGISH, advice)
 
 
 def _speed(mnist: Mnist) -> Check:
-    base = pretrained_base(mnist, progress=False)
+    base = pretrained_base(mnist, progress=False) if base_is_cached(mnist) else untrained_base().to(torch.get_default_device())
     times = []
     for seed in range(2):  # the first one warms up
         start = time.perf_counter()
@@ -172,6 +167,10 @@ def _widget_files() -> Check:
         "widgets", "their part of JupyterLab is missing", BROKEN,
         "Install ipywidgets where JupyterLab runs, reload the page, and run this cell again.",
     )  # fmt: skip
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(next(parent for parent in (folder, *folder.parents) if parent.exists()), os.W_OK)
 
 
 def _short(folder: Path) -> str:
