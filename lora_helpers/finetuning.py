@@ -202,7 +202,7 @@ class FineTuner:
         """Four claims about the network at `settings`, each computed now from its tensors.
 
         The base's weights and biases equal the copies taken at the start (`torch.equal`). With LoRA off, the logits
-        of some 50 test images equal the base's to the bit. With B = 0, LoRA being on, each W + ΔW is the base's W to the bit. And ΔW has
+        of some 50 test images equal the base's to the bit; with B = 0 they do so too, LoRA being on. And ΔW has
         at most rank r: the product of ΔW with r + 5 random columns has the rank of ΔW, or r + 5 if that is more
         (Halko, Martinsson and Tropp, arXiv 0909.4061, section 1.5); in float32, where singular values below the larger side
         times 1.2e-7 of the largest count as zero.
@@ -216,7 +216,7 @@ class FineTuner:
                 off = torch.equal(self._net(self._probe), self._probe_logits)
             for adapter in adapters:
                 adapter.lora_B.zero_()
-            zero = all(torch.equal(self._net.get_submodule(name).weight, self._copies[f"{name}.weight"]) for name in lora_layers(self._net))
+            zero = torch.equal(self._net(self._probe), self._probe_logits)
             now = {name.replace("parametrizations.weight.original", "weight"): p for name, p in self._net.named_parameters()}
             unmoved = all(torch.equal(now[name], copied) for name, copied in self._copies.items())
         return {

@@ -51,9 +51,8 @@ class Picture(Figure):
             canvas = FigureCanvasAgg(self)
             canvas.draw()  # once: `savefig` draws twice where the layout is constrained
         # 128 colours look the same at a third of the size: what a notebook stores is fetched by every reader.
-        pixels = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
         buffer = io.BytesIO()
-        pixels.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+        pixels(canvas).quantize(128, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
         return buffer.getvalue()
 
     @contextmanager
@@ -75,6 +74,11 @@ class Picture(Figure):
     def _repr_mimebundle_(self, **kwargs):
         data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt}
         return data, {"image/png": {"alt": self.alt}}
+
+
+def pixels(canvas: FigureCanvasAgg) -> Image.Image:
+    """What is drawn on `canvas`, in red, green and blue."""
+    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
 
 
 def show_digits(dataset: TensorDataset, indices=None, titles=None) -> Picture:

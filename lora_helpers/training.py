@@ -230,9 +230,7 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
     """
     check_mnist(mnist)
     check_whole("seed", seed, 0, LARGEST_SEED)
-    images, labels = as_tensors(mnist.train)
-    # The key is made from what is trained on: images of another dtype, or with gradients, have no bytes that could be read.
-    images, labels = images.detach().to("cpu", torch.float32), labels.cpu()
+    images, labels = _lesson(mnist)
     net, epochs, device = untrained_base(seed), mnist.pretraining_epochs, torch.get_default_device()
     state = load_tensors(_base_name(images, labels, epochs, seed), like=net.state_dict())
     if state is not None:
@@ -245,8 +243,7 @@ def pretrained_base(mnist: Mnist, *, seed: int = 0, progress: bool = True) -> Ri
 
 def base_is_cached(mnist: Mnist) -> bool:
     """Whether `pretrained_base(mnist)` has only to be read."""
-    images, labels = as_tensors(mnist.train)
-    return is_saved(_base_name(images.detach().to("cpu", torch.float32), labels.cpu(), mnist.pretraining_epochs, 0))
+    return is_saved(_base_name(*_lesson(mnist), mnist.pretraining_epochs, seed=0))
 
 
 def untrained_base(seed: int = 0) -> RichBoyNet:
@@ -254,6 +251,12 @@ def untrained_base(seed: int = 0) -> RichBoyNet:
     with _float32_by_default(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return RichBoyNet()
+
+
+def _lesson(mnist: Mnist) -> tuple[torch.Tensor, torch.Tensor]:
+    # The key is made from what is trained on: images of another dtype, or with gradients, have no bytes that could be read.
+    images, labels = as_tensors(mnist.train)
+    return images.detach().to("cpu", torch.float32), labels.cpu()
 
 
 def _base_name(images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) -> str:

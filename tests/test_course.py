@@ -901,7 +901,7 @@ def test_a_base_that_is_not_cached_is_no_obstacle(monkeypatch, tmp_path):
     found = {check.what: check for check in result.checks}["base network"]
     assert result.ready and found.state == "good" and "to be trained" in found.found and not list(tmp_path.iterdir())
     monkeypatch.setattr(preflight_module, "_writable", lambda folder: False)
-    found = preflight_module._base(load_mnist())
+    found = preflight_module._base(cached=False)
     assert found.state == "slow, but works" and "LORA_CACHE" in found.advice
 
 

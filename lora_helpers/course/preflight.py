@@ -85,7 +85,8 @@ def preflight() -> Preflight:
     checks = [_versions(), _cores(), Check("device", _device())]
     try:
         mnist = load_mnist()
-        checks += [Check("digits", str(mnist)), _cache(), _base(mnist), _speed(mnist)]
+        cached = base_is_cached(mnist)
+        checks += [Check("digits", str(mnist)), _cache(), _base(cached), _speed(mnist, cached)]
     except RuntimeError as error:
         advice = "Unset LORA_MNIST to go on with the bundled sample, or set LORA_MNIST_ROOT to the folder that holds MNIST/raw."
         checks.append(Check("digits", str(error).splitlines()[0], BROKEN, advice))
@@ -136,8 +137,8 @@ def _cache() -> Check:
     return Check("cache folder", f"{_short(folder)}, read-only: what it holds is used, nothing is added")
 
 
-def _base(mnist: Mnist) -> Check:
-    if base_is_cached(mnist):
+def _base(cached: bool) -> Check:
+    if cached:
         return Check("base network", "in the cache")
     if _writable(cache_folder()):
         return Check("base network", "to be trained, in seconds: notebook 1 shows how and keeps it; another notebook does it if it comes first")
@@ -145,8 +146,8 @@ def _base(mnist: Mnist) -> Check:
     return Check("base network", "not cached, and cannot be", SLUGGISH, advice)
 
 
-def _speed(mnist: Mnist) -> Check:
-    base = pretrained_base(mnist, progress=False) if base_is_cached(mnist) else untrained_base().to(torch.get_default_device())
+def _speed(mnist: Mnist, cached: bool) -> Check:
+    base = pretrained_base(mnist, progress=False) if cached else untrained_base().to(torch.get_default_device())
     times = []
     for seed in range(2):  # the first one warms up
         start = time.perf_counter()

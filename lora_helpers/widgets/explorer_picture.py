@@ -53,7 +53,9 @@ class ExplorerPicture(LivePicture):
         self._ranks = ranks
         self._of, self._drawn = None, {}
         self._make_bars()
-        self._base_map, self._now_map = self._make_map(4.95, "base"), self._make_map(7.2, "")
+        self._base_map, self._now_map = self._make_map(4.95), self._make_map(7.2)
+        self._base_map[0].set_ylabel("digit", fontsize=9, labelpad=1)
+        self._base_map[0].set_title("mistakes, base", loc="center", fontsize=11)
         axes, image, numbers = self._now_map
         self._now_title = Words(axes, fontsize=11, inches=True)
         self._moving += [image, self._now_title, numbers]
@@ -78,17 +80,13 @@ class ExplorerPicture(LivePicture):
                     bbox_to_anchor=(1, 1.02), handlelength=1.4, columnspacing=1)  # fmt: skip
         self._moving += [*self._bars[0], *self._bars[1], self._changes, self._scale, self._learned, self._bars_label]
 
-    def _make_map(self, left, label):
+    def _make_map(self, left):
         axes = self._place(left, 1.55, 2.05, 2.7)
         image = axes.imshow(np.zeros((10, 10)), cmap="Blues", aspect="auto", vmin=0, vmax=1)
         numbers = Words(axes, fontsize=8, room=3)
         axes.set(xticks=range(10), yticks=range(10))
         axes.tick_params(labelsize=9, length=0, pad=2)
         axes.set_xlabel("answer", fontsize=9, labelpad=1)
-        if label:
-            axes.set_ylabel("digit", fontsize=9, labelpad=1)
-        if label:
-            axes.set_title(f"mistakes, {label}", loc="center", fontsize=11)
         return axes, image, numbers
 
     def _make_spectrum(self):

@@ -14,7 +14,6 @@ from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.textpath import TextPath, text_to_path
 from matplotlib.transforms import Affine2D
-from PIL import Image  # comes with matplotlib
 
 from lora_helpers import plots
 from lora_helpers.plots import Picture
@@ -70,8 +69,7 @@ class LivePicture(Picture):
         for artist in self._moving:
             artist.draw(renderer)
         buffer = io.BytesIO()
-        pixels = Image.frombuffer("RGBA", self._canvas.get_width_height(), self._canvas.buffer_rgba())
-        pixels.convert("RGB").save(buffer, "png", compress_level=1)
+        plots.pixels(self._canvas).save(buffer, "png", compress_level=1)
         return buffer.getvalue()
 
     def _place(self, left: float, bottom: float, width: float, height: float) -> Axes:
