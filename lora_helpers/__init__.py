@@ -1,70 +1,52 @@
-"""The chores behind the LoRA notebooks.
+"""The chores behind the LoRA notebooks, on one small real network.
 
-checks → cache → data → model → lora → adapters → factorisation → backpropagation → training → scaling → finetuning → plots → scaling_plots → widgets:
-each module imports only from those before it.
+Read from top to bottom; each module imports only from those above it:
+checks → data → model → lora → adapter_files → fast → training → experiments → scaling → plots → widgets →
+course.
 """
 
 import importlib
-import os
 
-__version__ = "0.1.0"
+import torch
 
-if _device := os.environ.get("LORA_DEVICE"):  # where tensors are made from now on, the notebooks' own too
-    import torch
+__version__ = "0.2.0"
 
-    try:
-        torch.zeros(1, device=_device)
-    except (RuntimeError, AssertionError) as error:
-        raise RuntimeError(f"LORA_DEVICE is {_device!r}, which PyTorch cannot use here: {error}\nUnset it to work on the CPU, or set it to 'cuda'.") from None
-    torch.set_default_device(_device)
+# One thread: a batch of ten gains nothing from a second one, and beside other work two wait for each other
+# for minutes.
+# It also makes every sum run in one order, so a figure is the same on every machine. To undo:
+# torch.set_num_threads(n).
+torch.set_num_threads(1)
 
-# Looked up on first use: pictures and widgets take a second to import, which a script that only trains need not wait.
-_MODULE_OF = {
-    "cache_folder": "cache",
-    "clear_cache": "cache",
-    "Mnist": "data",
-    "load_mnist": "data",
-    "only_digit": "data",
-    "RichBoyNet": "model",
-    "LoRAParametrization": "lora",
-    "ParameterCount": "lora",
-    "adapter_names": "lora",
-    "add_lora": "lora",
-    "count_parameters": "lora",
-    "freeze_base": "lora",
-    "lora_disabled": "lora",
-    "lora_layers": "lora",
-    "merge_lora": "lora",
-    "remove_lora": "lora",
-    "set_lora_enabled": "lora",
-    "use_adapter": "lora",
-    "load_adapter": "adapters",
-    "save_adapter": "adapters",
-    "factorised": "factorisation",
-    "Evaluation": "training",
-    "evaluate": "training",
-    "pretrained_base": "training",
-    "train": "training",
-    "train_side_by_side": "training",
-    "plot_confusion": "plots",
-    "plot_losses": "plots",
-    "plot_wrong_counts": "plots",
-    "show_digits": "plots",
-    "FineTuning": "finetuning",
-    "LoRAExplorer": "widgets.explorer",
-    "ScalingLab": "widgets.scaling_lab",
-    "ParametrizationInspector": "widgets.inspector",
-    "DigitPad": "widgets.drawing",
-    "as_mnist": "widgets.drawing",
-    "fine_tune": "finetuning",
-    "PredictChoice": "course.predict",
-    "PredictNumber": "course.predict",
-    "PredictRanking": "course.predict",
-    "Question": "course.quiz",
-    "Quiz": "course.quiz",
-    "preflight": "course.preflight",
-    "projector_mode": "course.projector",
+# Looked up on first use: pictures and widgets take a second to import, which a script that only trains
+# need not wait for.
+_NAMES = {
+    "data": ("Mnist", "load_mnist", "only_digit"),
+    "model": ("RichBoyNet", "pretrained_base"),
+    "lora": (
+        *(
+            "LoRAParametrization",
+            "ParameterCount",
+            "adapter_names",
+            "add_lora",
+            "count_parameters",
+            "freeze_base",
+        ),
+        *("lora_disabled", "lora_layers", "merge_lora", "remove_lora", "set_lora_enabled", "use_adapter"),
+    ),
+    "adapter_files": ("load_adapter", "save_adapter"),
+    "training": ("Evaluation", "evaluate", "train"),
+    "experiments": ("FineTuner", "FineTuning", "Setting", "fine_tune"),
+    "plots": ("plot_confusion", "plot_losses", "plot_wrong_counts", "show_digits"),
+    "widgets.explorer": ("LoRAExplorer",),
+    "widgets.lab": ("ScalingLab",),
+    "widgets.inspector": ("ParametrizationInspector",),
+    "widgets.digit_pad": ("DigitPad", "as_mnist"),
+    "course.predict": ("PredictChoice", "PredictNumber", "PredictRanking"),
+    "course.quiz": ("Question", "Quiz"),
+    "course.preflight": ("preflight",),
+    "course.projector": ("projector_mode",),
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULE_OF)
 
 

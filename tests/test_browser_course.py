@@ -1,29 +1,52 @@
-"""The course as a learner meets it: a guess, an exercise and the quiz in JupyterLab and Chromium, by keyboard."""
+"""The course as a learner meets it, in JupyterLab and Chromium: guesses, exercises, the quiz, and notebook
+4."""
 
-import os
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from browser import (  # noqa: F401  (fixtures)
+    browser,
+    cell,
+    lab,
+    open_notebook,
+    run,
+    run_all,
+    shows,
+    slider,
+    without_outputs,
+    write_notebook,
+)
+from nbclient import NotebookClient
+from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell
-from playwright.sync_api import Page, expect
-from test_browser_widgets import browser, lab, open_notebook, without_outputs  # noqa: F401  (fixtures)
+from playwright.sync_api import expect
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-SCREENSHOT = os.environ.get("LORA_SCREENSHOT")
 ORDER = "the fours > the sevens > the zeros"
-REVEAL = 'pays_guess.reveal(["the sevens", "the fours", "the zeros"])'
+RANKING = """\
+from lora_helpers import PredictRanking
+ranking = PredictRanking("Who will lose most? And then?", ["the fours", "the sevens", "the zeros"])
+ranking"""
+REVEAL = 'ranking.reveal(["the sevens", "the fours", "the zeros"])'
+SAVED = "from lora_helpers import ParametrizationInspector\ninspector = ParametrizationInspector()\ninspector"
 
 
 @pytest.fixture(scope="module")
 def notebooks(tmp_path_factory):
-    """A folder with notebook 1, its outputs left out so that all that is seen is new, and a ranking from notebook 4."""
-    folder, read = tmp_path_factory.mktemp("served"), lambda name: nbformat.read(NOTEBOOKS / name, as_version=4)
-    notebook = read("1_mlp.ipynb")
-    rankings = [cell.source for cell in read("4_digit_9.ipynb").cells if "= PredictRanking(" in cell.source]
-    notebook.cells += [new_code_cell("from lora_helpers import PredictRanking\n" + rankings[0]), new_code_cell(REVEAL)]
+    """Notebooks 1 (with a ranking) and 4, their outputs left out, and one that was run and saved with a
+    panel."""
+    folder = tmp_path_factory.mktemp("served")
+    notebook = nbformat.read(NOTEBOOKS / "1_mlp.ipynb", as_version=4)
+    notebook.cells += [new_code_cell(RANKING), new_code_cell(REVEAL)]
     nbformat.write(without_outputs(notebook), folder / "1_mlp.ipynb")
+    notebook = nbformat.read(NOTEBOOKS / "4_digit_9.ipynb", as_version=4)
+    nbformat.write(without_outputs(notebook), folder / "4_digit_9.ipynb")
+    write_notebook(folder / "saved.ipynb", [SAVED])
+    saved = nbformat.read(folder / "saved.ipynb", as_version=4)
+    NotebookClient(saved, timeout=120, store_widget_state=False).execute()
+    nbformat.write(saved, folder / "saved.ipynb")
     return folder
 
 
@@ -31,26 +54,10 @@ def notebooks(tmp_path_factory):
 def notebook_1(lab, browser):  # noqa: F811
     """Notebook 1 with its imports run; each test runs the cells that it is about."""
     page = open_notebook(lab, browser, "1_mlp.ipynb", height=1400)
-    expect(run(page, "from lora_helpers.course import mlp")).to_contain_text("Mnist(", timeout=60_000)
+    expect(run(page, "import ex1_mlp as exercises")).to_contain_text("Mnist(", timeout=60_000)
     yield page
     page.close()
     assert not page.errors
-
-
-def cell(page: Page, source: str):
-    found = page.locator(".jp-CodeCell", has=page.locator(".cm-content", has_text=source)).first
-    found.scroll_into_view_if_needed(timeout=20_000)
-    return found
-
-
-def run(page: Page, source: str, replacement: str | None = None):
-    found = cell(page, source)
-    found.locator(".cm-content").click()
-    if replacement is not None:
-        page.keyboard.press("ControlOrMeta+A")
-        page.keyboard.insert_text(replacement)
-    page.keyboard.press("ControlOrMeta+Enter")
-    return found.locator(".jp-OutputArea").first
 
 
 def test_a_choice_is_guessed_by_keyboard_and_revealed(notebook_1):
@@ -86,7 +93,7 @@ def test_a_number_is_guessed_by_slider_and_by_typing(notebook_1):
 
 
 def test_a_ranking_is_guessed(notebook_1):
-    prediction = run(notebook_1, "= PredictRanking(").locator(".lora-prediction")
+    prediction = run(notebook_1, "ranking = PredictRanking(").locator(".lora-prediction")
     radios = prediction.get_by_role("radio")
     expect(radios).to_have_count(9)
     for place in range(3):  # the nth name in the nth column
@@ -96,25 +103,26 @@ def test_a_ranking_is_guessed(notebook_1):
     expect(prediction.locator("output")).to_contain_text(f"Your guess: {ORDER}")
     prediction.get_by_role("button", name="Keep this guess").press("Enter")
     expect(prediction.locator("output")).to_contain_text(f"Kept: {ORDER}")
-    revealed = run(notebook_1, REVEAL)
-    expect(revealed).to_contain_text(re.compile(f"your guess.*{ORDER}.*measured.*the sevens > the fours > the zeros", re.S))
+    measured = f"your guess.*{ORDER}.*measured.*the sevens > the fours > the zeros"
+    expect(run(notebook_1, REVEAL)).to_contain_text(re.compile(measured, re.S))
 
 
 def test_an_exercise_answers_in_words(notebook_1):
-    expect(run(notebook_1, "mlp.layer_parameters.check(")).to_contain_text("Not attempted yet")
-    answer = "def count(in_features, out_features): return {}\nmlp.layer_parameters.check(count)"
+    check = "exercises.layer_parameters.check("
+    expect(run(notebook_1, check)).to_contain_text("Not attempted yet")
     for formula, words in (
         ("in_features * out_features", "bias forgotten"),
         ("count(in_features, out_features)", "calls itself without end"),
         ("in_features * out_features + out_features", "Right."),
     ):
-        output = run(notebook_1, "mlp.layer_parameters.check(", answer.format(formula))
+        answer = f"def count(in_features, out_features): return {formula}\n{check}count)"
+        output = run(notebook_1, check, answer)
         expect(output).to_contain_text(words, timeout=20_000)
         expect(output).not_to_contain_text("Traceback")
 
 
 def test_the_quiz_answers_each_choice(notebook_1):
-    quiz = run(notebook_1, "mlp.quiz()").locator(".lora-quiz")
+    quiz = run(notebook_1, "exercises.quiz()").locator(".lora-quiz")
     radios = quiz.get_by_role("radio")
     radios.nth(1).focus()
     radios.nth(1).press("Space")
@@ -128,10 +136,40 @@ def test_the_quiz_answers_each_choice(notebook_1):
 
 def test_preflight_and_the_projector_look(notebook_1):
     output = run(notebook_1, "preflight()", "preflight()")
-    output.get_by_label("Tick this box").check(timeout=150_000)  # it trains the base first, where none is cached
+    output.get_by_label("Tick this box").check(timeout=60_000)
     expect(output).to_contain_text("Yes, widgets run.")
     words, size = output.locator("output").first, "element => parseFloat(getComputedStyle(element).fontSize)"
     usual = words.evaluate(size)
     expect(run(notebook_1, "projector_mode()", "projector_mode()")).to_contain_text("Large type is on")
     assert cell(notebook_1, "preflight()").locator("output").first.evaluate(size) > 1.3 * usual
-    notebook_1.screenshot(path=SCREENSHOT) if SCREENSHOT else None
+
+
+def test_all_of_notebook_4_runs_and_its_explorer_moves(lab, browser):  # noqa: F811
+    page = run_all(lab, browser, "4_digit_9.ipynb")
+    expect(page.get_by_text("Right at the first try: 0 of 4.")).to_be_attached(
+        timeout=300_000
+    )  # the last cell
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
+    for kind in ("error", "stderr"):
+        assert page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']").count() == 0
+    explorer = page.locator(".lora-panel").first
+    shows(explorer, "LoRA on · rank 1 · α 1 · 100 batches of digit 9 · ")
+    slider(explorer, 0).press("ArrowRight")
+    shows(explorer, "LoRA on · rank 2 · α 1 · 100 batches of digit 9 · ")
+    explorer.get_by_label("LoRA on").press("Space")
+    shows(explorer, "LoRA off · rank 2 · ")
+    assert not page.errors
+    page.close()
+
+
+def test_a_panel_in_a_saved_notebook_and_an_exported_page_keeps_its_words(lab, browser, notebooks):  # noqa: F811
+    words = re.compile("^LoRA on · rank 1 · α 1 · α/r 1 · ")
+    page = open_notebook(lab, browser, "saved.ipynb")
+    expect(page.locator(".jp-OutputArea img")).to_have_attribute("alt", words)
+    exported, _ = HTMLExporter().from_filename(str(notebooks / "saved.ipynb"))
+    context = browser.new_context(offline=True)
+    alone = context.new_page()
+    alone.set_content(exported, wait_until="domcontentloaded")
+    expect(alone.locator(".jp-OutputArea img")).to_have_attribute("alt", words)
+    page.close()
+    context.close()

@@ -1,50 +1,51 @@
 """The widgets as a reader meets them: JupyterLab and Chromium, keyboard and mouse."""
 
-import json
 import os
 import re
-import socket
-import subprocess
-import sys
+import statistics
 import time
-import urllib.request
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from browser import browser, lab, run, run_all, shows, slider, write_notebook  # noqa: F401  (fixtures)
+from playwright.sync_api import Locator, Page, expect
 
 SCREENSHOTS = os.environ.get("LORA_SCREENSHOTS")  # a folder
 CELLS = (
-    """from lora_helpers import DigitPad, LoRAExplorer, ParametrizationInspector, ScalingLab, load_mnist, pretrained_base, projector_mode
-mnist = load_mnist("sample")
-base = pretrained_base(mnist, progress=False)
+    """from ipykernel.comm.comm import BaseComm
+# ipykernel 7.4 keeps a move until the cell is done; 7.0 to 7.3 hear it at once, on another thread. As those:
+BaseComm._reply_subshell_for = lambda comm, data, default: default
+from lora_helpers import *
+mnist, base = load_mnist(), pretrained_base()
 explorer = LoRAExplorer(base, mnist)
 explorer""",
     "DigitPad(explorer)",
     "ParametrizationInspector()",
     "ScalingLab(base, mnist)",
+    "pass  # beside the moves",
 )
-PRESETS = {  # a part of the name, and how the summary then begins
-    "no scaling": "LoRA on · rank 16 · α 16 · 100 batches of digit 9 · ",
-    "rehearse": "LoRA on · rank 1 · α 1 · 100 batches of digit 9 with 50% others · ",
-    "paper default": "LoRA on · rank 1 · α 1 · 100 batches of digit 9 · ",
-}
-SETTINGS = {
-    "apputils-extension/notification": {"fetchNews": "false"},  # no question about news in the way
-    "notebook-extension/tracker": {"windowingMode": "none"},  # all cells stay in the page, also when out of sight
-}
-# Resolves to the milliseconds from the next key or click to the next frame after the panel's picture has changed.
+BUSY = """\
+# beside the moves
+import threading, time
+net, nines, heard = freeze_base(add_lora(pretrained_base(), rank=4)), only_digit(mnist.train, 9), []
+explorer.observe(lambda change: heard.append(threading.current_thread() is threading.main_thread()), "result")
+start = time.monotonic()
+while len(heard) < 6 and time.monotonic() - start < 120:
+    train(net, nines, max_batches=5, progress=False)
+    time.sleep(0.01)
+print("heard beside the cell:", len(heard), "on the main thread:", sum(heard))"""
+AGAIN = """\
+# beside the moves
+print("as before:", explorer.result.off.wrong_counts == evaluate(base, mnist.test).wrong_counts)"""
+START = "LoRA on · rank 1 · α 1 · 100 batches of digit 9 · "
+# Resolves to the milliseconds from the next key to the next frame after the panel's picture has changed.
 STOPWATCH = """panel => { window.moved = new Promise(done => {
     let start;
-    for (const kind of ["keydown", "pointerdown"])
-        addEventListener(kind, () => start ??= performance.now(), {once: true, capture: true});
+    addEventListener("keydown", () => start ??= performance.now(), {once: true, capture: true});
     new MutationObserver((_, observer) => {
         observer.disconnect();
         requestAnimationFrame(() => setTimeout(() => done(performance.now() - start)));
     }).observe(panel.querySelector("img").parentNode, {childList: true, subtree: true, attributes: true});
 }) }"""
-
 # Notes in every frame where the panel and its picture stand, and how large they are.
 WATCH = """panel => { window.frames_seen = 0; window.places = new Set(); (function look() {
     const boxes = [panel.querySelector("img"), panel].map(element => element.getBoundingClientRect());
@@ -52,222 +53,66 @@ WATCH = """panel => { window.frames_seen = 0; window.places = new Set(); (functi
     window.frames_seen += 1;
     requestAnimationFrame(look);
 })() }"""
-
-# The least contrast between text and what lies behind it, of all elements below the panel that hold text of their own.
+# Notes the summaries that come after the next key is let go.
+LATER = """panel => { window.later = null;
+    addEventListener("keyup", () => window.later = [], {once: true, capture: true});
+    new MutationObserver(() => window.later?.push(panel.querySelector("output").textContent)).observe(
+        panel.querySelector("output").parentNode, {childList: true, subtree: true, characterData: true}) }"""
+# The least contrast between text and what lies behind it, of all elements of the panel that hold text.
 CONTRAST = """panel => {
-    const light = color => color.map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const linear = c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const share = [0.2126, 0.7152, 0.0722];
+    const light = color => color.reduce((sum, c, i) => sum + linear(c / 255) * share[i], 0);
     const parse = text => text.match(/[0-9.]+/g).map(Number);
     const behind = element => {
         const color = parse(getComputedStyle(element).backgroundColor);
-        return color.length == 3 || color[3] > 0.5 || !element.parentElement ? color : behind(element.parentElement);
+        const opaque = color.length == 3 || color[3] > 0.5 || !element.parentElement;
+        return opaque ? color : behind(element.parentElement);
     };
-    const speaking = [...panel.querySelectorAll("*")].filter(e => e.offsetWidth && (e.matches("input, select") ||
-        [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim())));
-    return Math.min(...speaking.map(e => {
-        const pair = [parse(getComputedStyle(e).color).slice(0, 3), behind(e).slice(0, 3)].map(light).sort((a, b) => b - a);
-        return (pair[0] + 0.05) / (pair[1] + 0.05);
+    const speaks = e => e.offsetWidth && (e.matches("input, select") ||
+        [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim()));
+    return Math.min(...[...panel.querySelectorAll("*")].filter(speaks).map(e => {
+        const pair = [parse(getComputedStyle(e).color), behind(e)].map(color => light(color.slice(0, 3)));
+        return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
     }));
 }"""
+SCROLLBARS = """panel => [...panel.querySelectorAll("*")].filter(e =>
+    /auto|scroll/.test(getComputedStyle(e).overflow) && e.clientWidth &&
+    (e.scrollWidth > e.clientWidth || e.scrollHeight > e.clientHeight)).map(e => e.className)"""
+DARK = """canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data
+    .filter((value, i) => i % 4 == 0 && value < 128).length"""
 
 
 @pytest.fixture(scope="module")
 def notebooks(tmp_path_factory):
     """A folder with one notebook that makes the four panels."""
     folder = tmp_path_factory.mktemp("served")
-    serve(folder / "panels.ipynb", CELLS)
+    write_notebook(folder / "panels.ipynb", CELLS)
     return folder
 
 
-def without_outputs(notebook):
-    """`notebook`, changed so that all that is seen of it is new."""
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    return notebook
-
-
-def serve(path, sources):
-    kernel = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
-    nbformat.write(new_notebook(cells=[new_code_cell(source) for source in sources], metadata=kernel), path)
-
-
 @pytest.fixture(scope="module")
-def lab(chromium, notebooks, tmp_path_factory):
-    """The address of a JupyterLab that serves `notebooks`, with settings of its own."""
-    folder = tmp_path_factory.mktemp("lab")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, settings in SETTINGS.items():
-        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(settings))
-    home = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    home |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces")}
-    options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token="]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyter", "lab", *options, f"--ServerApp.root_dir={notebooks}"],
-            env=os.environ | home, stdout=log, stderr=log,
-        )  # fmt: skip
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/api/status", server, folder / "log")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait(timeout=20)
-
-
-def _wait_for(address, server, log):
-    for _ in range(300):
-        assert server.poll() is None, log.read_text()
-        try:
-            return urllib.request.urlopen(address, timeout=5)
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail(log.read_text())
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def page(lab, browser):
-    """The notebook of panels with all its cells run, and what the browser's console called errors."""
+def page(lab, browser):  # noqa: F811
+    """The notebook of panels with all its cells run."""
     page = run_all(lab, browser, "panels.ipynb", height=1000)
     page.locator(".lora-panel").nth(3).wait_for(timeout=180_000)
     yield page
     page.close()
 
 
-def run_all(lab: str, browser: Browser, notebook: str, height: int) -> Page:
-    """A page that shows `notebook` and has just begun to run all its cells."""
-    page = open_notebook(lab, browser, notebook, height)
-    page.get_by_text("Run", exact=True).first.click()
-    page.locator("#jp-mainmenu-run").get_by_text("Run All Cells", exact=True).click()  # JupyterLab 4.3 says it elsewhere too
-    return page
-
-
-def open_notebook(lab: str, browser: Browser, notebook: str, height: int) -> Page:
-    """A page that shows `notebook`, its kernel ready; `page.errors` is what it called errors."""
-    page = browser.new_page(viewport={"width": 1280, "height": height})
-    page.set_default_timeout(60_000)
-    page.errors = []
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
-    page.goto(f"{lab}/doc/tree/{notebook}?reset")
-    # Before it has a kernel, a notebook that is told to run asks for one in a dialog.
-    page.locator(".jp-NotebookPanel-toolbar [data-status=idle]").wait_for(state="attached")
-    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=60_000)
-    return page
-
-
-@pytest.fixture
-def explorer(page):
-    panel = page.locator(".lora-panel").first
-    panel.evaluate("panel => panel.scrollIntoView({block: 'center'})")
-    panel.get_by_role("button", name="paper default").click()
-    expect(panel.locator("output")).to_have_text(re.compile("^LoRA o.* · rank 1 · α 1 · 100 batches of digit 9 · "), timeout=20_000)
-    yield panel
-    assert not page.errors
-
-
-def other_panel(page: Page, number: int) -> Locator:
+def panel_of(page: Page, number: int) -> Locator:
     panel = page.locator(".lora-panel").nth(number)
     panel.evaluate("panel => panel.scrollIntoView({block: 'center'})")
     return panel
 
 
 @pytest.fixture
-def pad(explorer, page):
-    return other_panel(page, 1)
-
-
-def shows(panel: Locator, start: str) -> None:
-    """The summary begins with `start`, and the picture's text alternative says the same."""
-    expect(panel.locator("output")).to_have_text(re.compile("^" + re.escape(start)), timeout=60_000)
-    expect(panel.locator("img")).to_have_attribute("alt", panel.locator("output").inner_text())
-    expect(panel.get_by_role("alert")).to_have_count(0)
-
-
-def milliseconds(page: Page, panel: Locator, move) -> float:
-    """From the key or click that `move` makes to the new picture on the screen."""
-    panel.evaluate(STOPWATCH)
-    move()
-    return page.evaluate("() => window.moved")
-
-
-def slider(panel: Locator, number: int) -> Locator:
-    return panel.get_by_role("slider").nth(number)  # rank, α, batches, others
-
-
-def test_the_slider_and_the_switch_act_on_a_real_network(explorer):
-    slider(explorer, 0).press("ArrowRight")
-    shows(explorer, "LoRA on · rank 2 · α 1 · 100 batches of digit 9 · ")
-    on = explorer.locator("output").inner_text()
-    explorer.get_by_label("LoRA on").click()
-    shows(explorer, "LoRA off · rank 2 · α 1 · ")
-    assert "(±0)" in explorer.locator("output").inner_text() and "(±0)" not in on
-    explorer.get_by_label("LoRA on").press("Space")
-    shows(explorer, "LoRA on · rank 2 · α 1 · ")
-    expect(explorer.get_by_text("✓ LoRA off = base, to the bit")).to_be_visible()
-    expect(explorer.get_by_text("✗")).to_have_count(0)
-
-
-def test_every_control_by_keyboard(explorer):
-    slider(explorer, 1).press("ArrowRight")
-    shows(explorer, "LoRA on · rank 1 · α 2 · ")
-    slider(explorer, 2).press("ArrowLeft")
-    shows(explorer, "LoRA on · rank 1 · α 2 · 70 batches of digit 9 · ")
-    slider(explorer, 3).press("ArrowRight")
-    shows(explorer, "LoRA on · rank 1 · α 2 · 70 batches of digit 9 with 10% others · ")
-    for label, text in (("rank r", "6"), ("α", "0.5"), ("seed", "3")):
-        field = explorer.get_by_label(label, exact=True)
-        field.fill(text)
-        field.press("Enter")
-    shows(explorer, "LoRA on · rank 6 · α 0.5 · 70 batches of digit 9 with 10% others · ")
-    expect(explorer.locator("output")).to_have_text(re.compile("seed 3, "))
-    for label, key in (("batches", "5"), ("others", "Home"), ("learn digit", "ArrowDown")):
-        explorer.get_by_label(label).press(key)
-    shows(explorer, "LoRA on · rank 6 · α 0.5 · 5 batches of digit 8 · ")
-    for name, start in PRESETS.items():
-        explorer.get_by_role("button", name=name).press("Enter")
-        shows(explorer, start)
-    assert explorer.get_by_label("rank r", exact=True).input_value() == "1"
-
-
-def test_every_control_by_mouse(explorer):
-    for name, start in PRESETS.items():
-        explorer.get_by_role("button", name=name).click()
-        shows(explorer, start)
-    for number, start in enumerate((
-        "LoRA on · rank 64 · α 1 · ",
-        "LoRA on · rank 64 · α 64 · 100 batches of digit 9 · ",
-        "LoRA on · rank 64 · α 64 · 300 batches of digit 9 · ",
-        "LoRA on · rank 64 · α 64 · 300 batches of digit 9 with 80% others · ",
-    )):  # fmt: skip
-        drag_to_the_end(explorer, number)
-        shows(explorer, start)
-    press_arrow(explorer.get_by_label("learn digit"), up=False)
-    shows(explorer, "LoRA on · rank 64 · α 64 · 300 batches of digit 8 with 80% others · ")
-    press_arrow(explorer.get_by_label("rank r"), up=False)
-    press_arrow(explorer.get_by_label("α", exact=True), up=False)
-    shows(explorer, "LoRA on · rank 63 · α 63.9375 · 300 batches of digit 8 with 80% others · ")
-    explorer.get_by_label("batches").select_option("5")
-    explorer.get_by_label("others").select_option("0%")
-    shows(explorer, "LoRA on · rank 63 · α 63.9375 · 5 batches of digit 8 · ")
-    press_arrow(explorer.get_by_label("seed"), up=True)
-    expect(explorer.locator("output")).to_have_text(re.compile(r"seed \d+, just trained"), timeout=60_000)
-    explorer.get_by_label("LoRA on").click()
-    shows(explorer, "LoRA off · rank 63 · ")
-    explorer.get_by_role("button", name="paper default").click()
-    shows(explorer, "LoRA on · rank 1 · ")  # what a preset shows is seen, whatever the switch
+def explorer(page):
+    panel = panel_of(page, 0)
+    panel.get_by_role("button", name="rank 1, α 1").click()
+    shows(panel, START)
+    yield panel
+    assert not page.errors
 
 
 def press_arrow(field: Locator, up: bool) -> None:
@@ -277,7 +122,10 @@ def press_arrow(field: Locator, up: bool) -> None:
 
 
 def drag_to_the_end(panel: Locator, number: int) -> None:
-    handle, track = slider(panel, number).bounding_box(), panel.locator(".noUi-base").nth(number).bounding_box()
+    handle, track = (
+        slider(panel, number).bounding_box(),
+        panel.locator(".noUi-base").nth(number).bounding_box(),
+    )
     mouse = panel.page.mouse
     mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
     mouse.down()
@@ -285,29 +133,101 @@ def drag_to_the_end(panel: Locator, number: int) -> None:
     mouse.up()
 
 
+def type_into(panel: Locator, label: str, text: str) -> None:
+    panel.get_by_label(label, exact=True).fill(text)
+    panel.get_by_label(label, exact=True).press("Enter")
+
+
+def milliseconds(panel: Locator, control: Locator, key: str) -> float:
+    """From the key to the new picture on the screen."""
+    panel.evaluate(STOPWATCH)
+    control.press(key)
+    taken = panel.page.evaluate("() => window.moved")
+    time.sleep(0.3)
+    return taken
+
+
+def test_the_explorer_by_keyboard(explorer):
+    for number, key, start in (
+        (0, "ArrowRight", "LoRA on · rank 2 · α 1 · 100 batches of digit 9 · "),
+        (1, "ArrowRight", "LoRA on · rank 2 · α 2 · 100 batches of digit 9 · "),
+        (2, "ArrowLeft", "LoRA on · rank 2 · α 2 · 70 batches of digit 9 · "),
+        (3, "ArrowRight", "LoRA on · rank 2 · α 2 · 70 batches of digit 9 with 10% others · "),
+    ):
+        slider(explorer, number).press(key)
+        shows(explorer, start)
+    on = explorer.locator("output").inner_text()
+    explorer.get_by_label("LoRA on").press("Space")
+    shows(explorer, "LoRA off · rank 2 · α 2 · ")
+    assert "(±0)" in explorer.locator("output").inner_text() and "(±0)" not in on
+    explorer.get_by_label("LoRA on").press("Space")
+    for label, text in (("rank r", "6"), ("α", "0.5"), ("seed", "3")):
+        type_into(explorer, label, text)
+    for label, key in (("batches", "5"), ("others", "Home"), ("learn digit", "ArrowDown")):
+        explorer.get_by_label(label).press(key)
+    shows(explorer, "LoRA on · rank 6 · α 0.5 · 5 batches of digit 8 · ")
+    expect(explorer.locator("output")).to_have_text(re.compile("seed 3, "), timeout=60_000)
+    expect(explorer.get_by_text("✓ LoRA off = base, to the bit")).to_be_visible()
+    expect(explorer.get_by_text("✗")).to_have_count(0)
+    explorer.get_by_role("button", name="no scaling").press("Enter")
+    shows(explorer, "LoRA on · rank 6 · α 6 · 5 batches of digit 8 · ")
+    explorer.get_by_role("button", name="rehearse").press("Enter")
+    shows(explorer, "LoRA on · rank 1 · α 1 · 100 batches of digit 9 with 50% others · ")
+
+
+def test_the_explorer_by_mouse(explorer):
+    for number, start in enumerate((
+        "LoRA on · rank 64 · α 1 · ",
+        "LoRA on · rank 64 · α 64 · 100 batches of digit 9 · ",
+        "LoRA on · rank 64 · α 64 · 300 batches of digit 9 · ",
+        "LoRA on · rank 64 · α 64 · 300 batches of digit 9 with 80% others · ",
+    )):  # fmt: skip
+        drag_to_the_end(explorer, number)
+        shows(explorer, start)
+    assert explorer.evaluate(SCROLLBARS) == []
+    for label in ("learn digit", "rank r", "α"):
+        press_arrow(explorer.get_by_label(label, exact=True), up=False)
+    explorer.get_by_label("batches").select_option("5")
+    explorer.get_by_label("others").select_option("0%")
+    press_arrow(explorer.get_by_label("seed"), up=True)
+    shows(explorer, "LoRA on · rank 63 · α 63.9375 · 5 batches of digit 8 · ")
+    expect(explorer.locator("output")).to_have_text(re.compile("seed 1, "), timeout=60_000)
+    explorer.get_by_label("LoRA on").click()
+    shows(explorer, "LoRA off · rank 63 · ")
+    for name, start in (
+        ("rank 1, α 1", START),
+        ("no scaling", START),
+        ("rehearse", "LoRA on · rank 1 · α 1 · 100 batches of digit 9 with 50% others · "),
+    ):
+        explorer.get_by_role("button", name=name).click()
+        shows(explorer, start)
+
+
 def test_the_inspector_by_keyboard_and_mouse(page):
-    inspector = other_panel(page, 2)
+    inspector = panel_of(page, 2)
     for number, start in enumerate(("LoRA on · rank 2 · α 1 · ", "LoRA on · rank 2 · α 2 · ")):
         slider(inspector, number).press("ArrowRight")
         shows(inspector, start)
-    inspector.get_by_label("steps").fill("80")
-    inspector.get_by_label("steps").press("Enter")
-    expect(inspector.locator("output")).to_have_text(re.compile("after 80 steps · "))
+    type_into(inspector, "steps", "80")
+    expect(inspector.locator("output")).to_have_text(re.compile("after 80 steps$"))
     slider(inspector, 2).press("ArrowRight")
-    expect(inspector.locator("output")).to_have_text(re.compile("after 90 steps · "))
+    expect(inspector.locator("output")).to_have_text(re.compile("after 90 steps$"))
+    type_into(inspector, "rank r", "9")
+    expect(inspector.get_by_role("alert")).to_have_text("rank r must be from 1 to 4, so 9 was not taken.")
+    expect(inspector.get_by_label("rank r")).to_have_value("2")
     for label, text in (("rank r", "3"), ("α", "0.5")):
-        inspector.get_by_label(label, exact=True).fill(text)
-        inspector.get_by_label(label, exact=True).press("Enter")
+        type_into(inspector, label, text)
     shows(inspector, "LoRA on · rank 3 · α 0.5 · ")
     for label in ("rank r", "α", "steps"):
         press_arrow(inspector.get_by_label(label, exact=True), up=False)
-    expect(inspector.locator("output")).to_have_text(re.compile("after 89 steps · "))  # the last of the three moves
-    shows(inspector, "LoRA on · rank 2 · α 0.25 · ")
-    for number, start in enumerate(("LoRA on · rank 4 · α 0.25 · ", "LoRA on · rank 4 · α 16 · ")):
+    expect(inspector.locator("output")).to_have_text(
+        re.compile("after 89 steps$")
+    )  # the last of the three moves
+    shows(inspector, "LoRA on · rank 2 · α 0.4375 · ")
+    for number in range(3):
         drag_to_the_end(inspector, number)
-        shows(inspector, start)
-    drag_to_the_end(inspector, 2)
-    expect(inspector.locator("output")).to_have_text(re.compile("after 200 steps · "))
+    expect(inspector.locator("output")).to_have_text(re.compile("after 200 steps$"))
+    assert inspector.evaluate(SCROLLBARS) == []
     inspector.get_by_label("LoRA on").press("Space")
     shows(inspector, "LoRA off · rank 4 · α 16 · α/r 4 · the weight is W, to the bit · ")
     inspector.get_by_label("LoRA on").click()
@@ -316,7 +236,7 @@ def test_the_inspector_by_keyboard_and_mouse(page):
 
 
 def test_the_scaling_lab_by_keyboard_and_mouse(page):
-    lab = other_panel(page, 3)
+    lab = panel_of(page, 3)  # noqa: F811
     slider(lab, 0).press("ArrowRight")
     shows(lab, "LoRA on · rank 8 · α 1 · scale α/r = 0.125 · linear2: ")
     lab.get_by_role("button", name="α/√r").press("Enter")
@@ -332,53 +252,88 @@ def test_the_scaling_lab_by_keyboard_and_mouse(page):
     lab.get_by_label("rank r").press("Home")
     shows(lab, "LoRA on · rank 1 · α 2 · ")
     lab.get_by_label("rank r").select_option("16")
-    lab.get_by_role("button", name="none").click()
-    shows(lab, "LoRA on · rank 16 · α 2 · scale α at every rank = 2 · ")
-    track = lab.locator(".noUi-base").nth(1).bounding_box()
-    page.mouse.click(track["x"] + track["width"] * 0.4, track["y"] + track["height"] / 2)  # α from 2⁻⁴ to 2⁶: 1 in between
-    shows(lab, "LoRA on · rank 16 · α 1 · ")
-    field = lab.get_by_label("α", exact=True)
-    press_arrow(field, up=True)
-    shows(lab, "LoRA on · rank 16 · α 1.0625 · ")
-    field.fill("0.5")
-    field.press("Enter")
+    lab.get_by_role("button", name="α", exact=True).click()
+    shows(lab, "LoRA on · rank 16 · α 2 · scale α = 2 · ")
+    type_into(lab, "α", "0.5")
     shows(lab, "LoRA on · rank 16 · α 0.5 · ")
-    assert not page.errors
+    assert lab.evaluate(SCROLLBARS) == [] and not page.errors
+
+
+def test_a_digit_is_drawn_by_mouse_and_images_are_picked(explorer, page):
+    pad = panel_of(page, 1)
+
+    def stroke(*points):
+        canvas = pad.locator("canvas").first.bounding_box()
+        page.mouse.move(canvas["x"] + points[0][0], canvas["y"] + points[0][1])
+        page.mouse.down()
+        for x, y in points[1:]:
+            page.mouse.move(canvas["x"] + x, canvas["y"] + y, steps=8)
+        page.mouse.up()
+
+    stroke(
+        (190, 70), (150, 50), (110, 80), (110, 120), (150, 140), (185, 110), (190, 70), (185, 160), (170, 240)
+    )
+    shows(pad, "LoRA on · rank 1 · α 1 · your drawing · the base says ")
+    dark = pad.locator("canvas").first.evaluate(DARK)
+    assert 2_000 < dark < 30_000, "the stroke is seen on the canvas"
+    explorer.get_by_label("LoRA on").press("Space")
+    shows(pad, "LoRA off · rank 1 · α 1 · your drawing · ")
+    explorer.get_by_label("LoRA on").press("Space")
+    slider(explorer, 0).press("ArrowRight")
+    shows(pad, "LoRA on · rank 2 · α 1 · your drawing · ")
+    type_into(pad, "test image", "7")
+    shows(pad, "LoRA on · rank 2 · α 1 · test image 7, a 9 · ")
+    press_arrow(pad.get_by_role("spinbutton"), up=True)
+    shows(pad, "LoRA on · rank 2 · α 1 · test image 8, a 5 · ")
+    panel_of(page, 1)
+    stroke((150, 50), (150, 200))
+    shows(pad, "LoRA on · rank 2 · α 1 · your drawing · ")
+    pad.get_by_role("button", name="clear").press("Enter")
+    shows(pad, "LoRA on · rank 2 · α 1 · nothing drawn yet")
+    pad.get_by_role("button", name="show").click()
+    shows(pad, "LoRA on · rank 2 · α 1 · test image 8, a 5 · ")
+    answers = re.compile(r"test image \d+, a (\d) · the base says (\d) .* now (\d) ")
+    for name, right in (("next repaired", 3), ("next broken", 2)):
+        before = pad.locator("output").inner_text()
+        pad.get_by_role("button", name=name).press("Enter")
+        expect(pad.locator("output")).not_to_have_text(before)
+        found = answers.search(pad.locator("output").inner_text())
+        assert found[1] == found[right] and found[2] != found[3]
+    box, answer = pad.locator("canvas").first.bounding_box(), pad.locator("img").bounding_box()
+    assert answer["x"] > box["x"] + box["width"] and pad.bounding_box()["height"] < 600, (
+        "on one screen, side by side"
+    )
 
 
 @pytest.mark.parametrize("control, key", [("rank", "ArrowRight"), ("seed", "ArrowUp")])
 def test_a_key_held_down_queues_no_work(explorer, control, key):
     """At most the training under way at key-up is finished, and one more for where the key was let go."""
-    seed = explorer.get_by_label("seed")
-    seed.fill({"rank": "1100", "seed": "1200"}[control])  # every setting from here on must be trained
-    seed.press("Enter")
-    expect(explorer.locator("output")).to_have_text(re.compile("seed 1.00, just trained"), timeout=60_000)
-    explorer.evaluate("""panel => { window.later = null; addEventListener("keyup", () => window.later = [], {once: true, capture: true});
-        new MutationObserver(() => window.later?.push(panel.querySelector("output").textContent))
-            .observe(panel.querySelector("output").parentNode, {childList: true, subtree: true, characterData: true}) }""")
-    held = slider(explorer, 0) if control == "rank" else seed
+    seed = {"rank": "1100", "seed": "1200"}[control]  # every setting from here on must be trained
+    type_into(explorer, "seed", seed)
+    expect(explorer.locator("output")).to_have_text(re.compile(f"seed {seed}, just trained"), timeout=60_000)
+    explorer.evaluate(LATER)
+    held = slider(explorer, 0) if control == "rank" else explorer.get_by_label("seed")
     held.focus()
     for _ in range(20):
         explorer.page.keyboard.down(key)  # again and again without letting go, as a keyboard repeats
         time.sleep(0.03)
     explorer.page.keyboard.up(key)
-    value = seed.input_value()
-    settled = "^LoRA on · rank 64 .* seed 1100, " if control == "rank" else f" seed {value}, "
+    value = explorer.get_by_label("seed").input_value()
+    settled = re.compile("^LoRA on · rank 64 .* seed 1100, " if control == "rank" else f" seed {value}, ")
     assert control == "rank" or int(value) >= 1210, "the key did repeat"
-    expect(explorer.locator("output")).to_have_text(re.compile(settled), timeout=60_000)
+    expect(explorer.locator("output")).to_have_text(settled, timeout=60_000)
     time.sleep(2)
-    expect(explorer.locator("output")).to_have_text(re.compile(settled))
+    expect(explorer.locator("output")).to_have_text(settled, timeout=60_000)
     trained = {text for text in explorer.page.evaluate("() => window.later") if text.endswith("just trained")}
-    print(f"\n{control}: {len(trained)} trainings done after key-up")
     assert len(trained) <= 2
 
 
 def test_nothing_jumps(explorer, page):
     explorer.evaluate(WATCH)
     rank, switch = slider(explorer, 0), explorer.get_by_label("LoRA on")
-    moves = [(rank, "ArrowRight", "on · rank 2"), (rank, "ArrowRight", "on · rank 4"), (switch, "Space", "off · rank 4"),
-             (switch, "Space", "on · rank 4"), (rank, "ArrowLeft", "on · rank 2")]  # fmt: skip
-    for control, key, text in moves:
+    moves = ((rank, "ArrowRight", "on · rank 2"), (switch, "Space", "off · rank 2"))
+    back = ((switch, "Space", "on · rank 2"), (rank, "ArrowLeft", "on · rank 1"))
+    for control, key, text in moves + back:
         control.press(key)
         shows(explorer, f"LoRA {text} · ")
         time.sleep(0.2)
@@ -387,74 +342,28 @@ def test_nothing_jumps(explorer, page):
     assert float(places[0].split()[2]) >= 1000
 
 
-def test_a_digit_is_drawn_by_mouse(pad, explorer):
-    def stroke(*points):
-        pad.locator("canvas").first.scroll_into_view_if_needed()
-        canvas = pad.locator("canvas").first.bounding_box()
-        places = [(canvas["x"] + x, canvas["y"] + y) for x, y in points]
-        pad.page.mouse.move(*places[0])
-        pad.page.mouse.down()
-        for place in places[1:]:
-            pad.page.mouse.move(*place, steps=8)
-        pad.page.mouse.up()
-
-    stroke((190, 70), (150, 50), (110, 80), (110, 120), (150, 140), (185, 110), (190, 70), (185, 160), (170, 240))
-    shows(pad, "LoRA on · rank 1 · α 1 · your drawing · ")
-    assert re.search(r"the base says \d \(\d+%\) · now \d \(\d+%\)$", pad.locator("output").inner_text())
-    dark = pad.locator("canvas").first.evaluate(
-        "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 0 && v < 128).length"
-    )
-    assert 2_000 < dark < 30_000, "the stroke is seen on the canvas"
-    explorer.get_by_label("LoRA on").press("Space")
-    shows(pad, "LoRA off · rank 1 · α 1 · your drawing · ")
-    explorer.get_by_label("LoRA on").press("Space")
-    slider(explorer, 0).press("ArrowRight")
-    shows(pad, "LoRA on · rank 2 · α 1 · your drawing · ")
-    pad.get_by_label("your drawing").fill("7")
-    pad.get_by_label("your drawing").press("Enter")
-    shows(pad, "LoRA on · rank 2 · α 1 · test image 7, a ")
-    press_arrow(pad.get_by_role("spinbutton"), up=True)
-    shows(pad, "LoRA on · rank 2 · α 1 · test image 8, a ")
-    for act in (lambda button: button.press("Enter"), lambda button: button.click()):
-        stroke((150, 50), (150, 200))
-        shows(pad, "LoRA on · rank 2 · α 1 · your drawing · ")
-        act(pad.get_by_role("button", name="clear"))
-        shows(pad, "LoRA on · rank 2 · α 1 · nothing drawn yet")
-
-
-def test_repaired_and_broken_images_one_after_the_other(pad):
-    answers = re.compile(r"test image (\d+), a (\d) · the base says (\d) .* now (\d) ")
-    seen = set()
-    for name, act in 2 * [("next repaired", lambda b: b.press("Enter")), ("next broken", lambda b: b.click())]:
-        before = pad.locator("output").inner_text()
-        act(pad.get_by_role("button", name=name))
-        expect(pad.locator("output")).not_to_have_text(before)
-        expect(pad.locator("output")).to_have_text(answers)
-        image, digit, base, now = answers.search(pad.locator("output").inner_text()).groups()
-        assert (now if name == "next repaired" else base) == digit and base != now
-        seen.add(image)
-    assert len(seen) == 4
-
-
-def test_latency_is_measured_and_printed(explorer, page):
-    """No bound: machines differ. On two cores the sample is to answer in 0.5 s when it trains, 0.15 s when it remembers."""
+def test_moves_are_as_quick_beside_a_running_cell_and_after_it(explorer, page):
+    """The times are printed. The bound is loose, because a test shares its machine with others."""
     rank, switch = slider(explorer, 0), explorer.get_by_label("LoRA on")
-    field = explorer.get_by_label("seed")
-    field.fill("21")
-    field.press("Enter")
-    expect(explorer.locator("output")).to_have_text(re.compile("seed 21, just trained"), timeout=20_000)
-    times = {"trained": [], "remembered": [], "switched": []}
-    for _ in range(6):  # as far as rank 64
-        times["trained"].append(milliseconds(page, explorer, lambda: rank.press("ArrowRight")))
-        time.sleep(0.3)
-    for key in 3 * ["ArrowLeft", "ArrowRight"]:
-        times["remembered"].append(milliseconds(page, explorer, lambda: rank.press(key)))
-        time.sleep(0.3)
-        times["switched"].append(milliseconds(page, explorer, lambda: switch.press("Space")))
-        time.sleep(0.3)
+    type_into(explorer, "seed", "21")
+    expect(explorer.locator("output")).to_have_text(re.compile("seed 21, "), timeout=60_000)
+    times = {"trained": [milliseconds(explorer, rank, "ArrowRight") for _ in range(6)]}  # as far as rank 64
+    times["remembered"] = [milliseconds(explorer, rank, key) for key in 3 * ["ArrowLeft", "ArrowRight"]]
+    times["switched"] = [milliseconds(explorer, switch, "Space") for _ in range(6)]
+    said = run(page, "# beside the moves", BUSY)
+    time.sleep(2)
+    times["switched beside a cell"] = [milliseconds(explorer, switch, "Space") for _ in range(6)]
+    expect(said).to_contain_text("heard beside the cell: 6 on the main thread: 0", timeout=130_000)
+    times["switched after it"] = [milliseconds(explorer, switch, "Space") for _ in range(6)]
+    type_into(explorer, "seed", "22")
+    expect(explorer.locator("output")).to_have_text(re.compile("seed 22, "), timeout=60_000)
+    times["trained after it"] = [milliseconds(explorer, rank, "ArrowLeft") for _ in range(6)]
     for kind, values in times.items():
         print(f"\n{kind}: {[round(value) for value in values]} ms from key to picture", end="")
-    assert all(values and min(values) > 0 for values in times.values())
+    medians = {kind: statistics.median(values) for kind, values in times.items()}
+    assert medians["switched after it"] < 5 * medians["switched"] + 500
+    assert medians["trained after it"] < 5 * medians["trained"] + 500
+    expect(run(page, "# beside the moves", AGAIN)).to_contain_text("as before: True", timeout=60_000)
 
 
 def test_all_is_readable_in_the_dark(explorer, page):
@@ -465,11 +374,6 @@ def test_all_is_readable_in_the_dark(explorer, page):
         page.locator(f"body[data-jp-theme-light={light}]").wait_for(state="attached")
         page.locator("#jupyterlab-splash").wait_for(state="detached")
         for number in range(4):
-            contrast = other_panel(page, number).evaluate(CONTRAST)
-            print(f"\n{theme}, panel {number}: contrast at least {contrast:.1f}", end="")
-            assert contrast >= 4.5
-        explorer.get_by_label("LoRA on").press("Space")
-        shows(explorer, "LoRA off" if light == "false" else "LoRA on")
-        if SCREENSHOTS:
-            explorer.evaluate("panel => panel.scrollIntoView({block: 'center'})")
-            page.screenshot(path=f"{SCREENSHOTS}/{theme.split()[-1]}.png")
+            assert panel_of(page, number).evaluate(CONTRAST) >= 4.5, (theme, number)
+            if SCREENSHOTS:
+                page.screenshot(path=f"{SCREENSHOTS}/{theme.split()[-1]}_{number}.png")

@@ -1,7 +1,10 @@
-"""No notebook says a number that it does not compute: each number in its prose stands in the code or output of the same section.
+"""No notebook says a number that it does not compute: each number in its prose stands in the code or
+output of the same section.
 
-A section begins at a heading of the first or second level; the summary at the end may quote them all. Allowed besides: what
-names a thing rather than measures it (see `ALLOWED`), and whole numbers up to `SMALL`, which in prose are counts of things on
+A section begins at a heading of the first or second level; the summary at the end may quote them all.
+Allowed besides: what
+names a thing rather than measures it (see `ALLOWED`), and whole numbers up to `SMALL`, which in prose are
+counts of things on
 the page ("1", "2", "rank 1") or the digits themselves, unless they measure ("3 times", "5 %").
 """
 
@@ -28,10 +31,13 @@ ALLOWED = [
     r"[Aa] (?:few|dozen) (?:hundred|thousand)s?",  # no number
 ]
 # Said in words, a number is one all the same.
-WORDS = dict(zip("two three four five six seven eight nine ten eleven twelve fifteen twenty thirty forty fifty".split(), [*range(2, 13), 15, 20, 30, 40, 50]))
+SMALL_WORDS = "two three four five six seven eight nine ten eleven twelve".split()
+WORDS = {word: value for value, word in enumerate(SMALL_WORDS, start=2)}
+WORDS |= {"fifteen": 15, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50}
 WORDS |= {"a hundred": 100, "hundred": 100, "a thousand": 1000, "thousand": 1000}
 WORD = re.compile(rf"\b(?:{'|'.join(sorted(WORDS, key=len, reverse=True))})\b(?![-‑])", re.IGNORECASE)
-# What a cell cannot compute, and why: settings that are a function's default, constants, figures that others published.
+# What a cell cannot compute, and why: settings that are a function's default, constants, figures that
+# others published.
 DEFINED = {
     "1_mlp": {0.001: "train's learning rate", 2.3: "ln 10"},
     "2_scaling_math": {20: "the steps of an exercise's check"},
@@ -86,9 +92,12 @@ def computed_in(cells):
 
 
 def unsupported(notebook):
-    """Prose numbers that stand neither in a code cell of their section nor in its output, with the sentence that says them."""
+    """Prose numbers that stand neither in a code cell of their section nor in its output, with the
+    sentence that says them."""
     *sections, summary = sections_of(notebook)
-    places = [(section, computed_in(section)) for section in sections] + [(summary, computed_in(notebook.cells))]
+    places = [(section, computed_in(section)) for section in sections] + [
+        (summary, computed_in(notebook.cells))
+    ]
     return [
         (number, cell.source[:80])
         for section, computed in places
@@ -122,7 +131,9 @@ def test_every_number_in_the_prose_is_computed_in_the_notebook(path):
     ],
 )
 def test_the_check_itself_finds_what_no_cell_computes(prose, missing):
-    cell = nbformat.v4.new_code_cell("print(6 * 7, 'of', 200)", outputs=[nbformat.v4.new_output("stream", text="42 of 200\n")])
+    cell = nbformat.v4.new_code_cell(
+        "print(6 * 7, 'of', 200)", outputs=[nbformat.v4.new_output("stream", text="42 of 200\n")]
+    )
     summary = nbformat.v4.new_markdown_cell("## What was shown\n\nIt takes 42 of 200.")
     cells = [cell, nbformat.v4.new_markdown_cell(prose), summary]
     notebook = nbformat.v4.new_notebook(cells=cells)

@@ -1,4 +1,5 @@
-"""What turns the notebooks into a course: exercises that check themselves, predictions, quizzes, a preflight, a projector look.
+"""What turns the notebooks into a course.
 
-exercise → mlp, scaling, mechanics, digit_9, your_turn: the exercises and the quiz of each notebook.
+exercise.py: exercises that check themselves. ex1 to ex5: the exercises and the quiz of each notebook.
+predict.py and quiz.py: guesses and quizzes. preflight.py and projector.py: for a teacher, before a lesson.
 """

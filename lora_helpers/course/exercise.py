@@ -1,15 +1,15 @@
 """Exercises that check themselves and answer in words.
 
-An exercise is one function, its judge: it takes the learner's answer, raises `Wrong` with the misconception that the
-answer looks like, and returns a sentence when the answer is right. `@exercise` adds hints, a solution and the rest.
+An exercise is data (hints, a solution, replies to misconceptions) and a judge, which is a function. The judge
+takes the learner's answer. If the answer is right, it returns a sentence. If not, it raises `Wrong`.
 """
 
 import ast
 import inspect
+import re
 import textwrap
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import update_wrapper
 
 import torch
@@ -23,10 +23,11 @@ _OPENING = {
 }
 
 
-class Said:
-    """Words in Markdown, shown by a notebook as the value of a cell; plain text without the stars elsewhere."""
+class Reply:
+    """A text in Markdown for a notebook to show; without the stars where Markdown is not shown."""
 
-    text: str
+    def __init__(self, text: str):
+        self.text = text
 
     def __repr__(self) -> str:
         return self.text.replace("**", "")
@@ -35,8 +36,7 @@ class Said:
         return self.text
 
 
-@dataclass(frozen=True, repr=False)
-class Verdict(Said):
+class Verdict(Reply):
     """What a check found.
 
     Attributes:
@@ -45,41 +45,27 @@ class Verdict(Said):
         misconception: the short name of the mistake that the answer looks like, or None.
     """
 
-    state: str
-    words: str
-    misconception: str | None = None
-
-    @property
-    def text(self) -> str:
-        named = f" It looks like: **{self.misconception}**." if self.misconception else ""
-        return f"{_OPENING[self.state]}{named} {self.words}"
-
-
-@dataclass(frozen=True, repr=False)
-class Words(Said):
-    """A hint or a solution."""
-
-    text: str
+    def __init__(self, state: str, words: str, misconception: str | None = None):
+        named = f" It looks like: **{misconception}**." if misconception else ""
+        super().__init__(f"{_OPENING[state]}{named} {words}")
+        self.state, self.words, self.misconception = state, words, misconception
 
 
 class Wrong(Exception):
-    """Raised by a judge. `misconception` is a short name, or None where the mistake is not a known one."""
+    """A judge raises this when the answer is wrong.
 
-    def __init__(self, misconception: str | None, words: str):
-        super().__init__(words)
+    Args:
+        misconception: its name among the exercise's `replies`, or None if the mistake is not a known one.
+        words: what to say before the reply.
+    """
+
+    def __init__(self, misconception: str | None, words: str = ""):
+        super().__init__(misconception, words)
         self.misconception, self.words = misconception, words
 
 
 class Uncheckable(Exception):
-    """Raised by a judge when the answer is of a kind that cannot be judged; the text says what is needed."""
-
-
-class LearnerError(Uncheckable):
-    """The learner's own code stopped; `error` is what it raised."""
-
-    def __init__(self, error: BaseException, words: str):
-        super().__init__(words)
-        self.error = error
+    """A judge raises this when the answer is not of the kind that is needed; the text says what is needed."""
 
 
 class _Blank(Exception):
@@ -87,135 +73,169 @@ class _Blank(Exception):
 
 
 class Exercise:
-    """One exercise: `check(answer)`, `hint()` (a step further at each call), `solution()`."""
+    """One exercise: `check(answer)`, `hint()` (one step further at each call), `solution()`.
 
-    def __init__(self, judge: Callable[..., str], hints: tuple[str, ...], solution: str, reason: str):
+    Attributes:
+        replies: the reply to each misconception, by its name.
+        solution_code: one solution, as Python code.
+    """
+
+    def __init__(self, judge: Callable, hints: list[str], solution: str, reason: str, replies: dict):
         update_wrapper(self, judge)
-        self._judge, self._hints, self._shown = judge, hints, 0
-        self.solution_code, self._reason = textwrap.dedent(solution).strip(), reason
+        self._judge, self._hints, self._hints_shown, self._reason = judge, hints, 0, reason
+        self.solution_code, self.replies = textwrap.dedent(solution).strip(), replies
 
     def check(self, *answers) -> Verdict:
-        """Judges the answer in words. Nothing that the answer does raises here, except an interrupt."""
-        wanted = len(inspect.signature(self._judge).parameters)
-        if any(_is_blank(answer) for answer in answers):
-            return self._not_attempted()
-        if len(answers) != wanted:
-            return Verdict(UNCHECKABLE, f"`check` takes {wanted} answer{'s' * (wanted > 1)} here; {len(answers)} came.")
+        """Judges the answer in words. Whatever the answer does, only an interrupt raises here."""
         try:
-            # The learner's cells see the same random numbers whether or not they checked.
+            if _is_blank(answers):
+                raise _Blank
+            wanted = len(inspect.signature(self._judge).parameters)
+            if len(answers) != wanted:
+                raise Uncheckable(f"Give `check` {wanted} answer{'s' * (wanted > 1)}, not {len(answers)}.")
+            # The learner's next cells draw the same random numbers whether or not they checked an answer.
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 torch.manual_seed(0)
                 return Verdict(RIGHT, self._judge(*answers))
         except _Blank:
-            return self._not_attempted()
+            advice = "put your answer in its place (or delete its line, in a repair), and run the cell again."
+            return Verdict(NOT_ATTEMPTED, f"There is still a `...`: {advice}")
         except Wrong as wrong:
-            return Verdict(WRONG, wrong.words, wrong.misconception)
+            words = f"{wrong.words} {self.replies.get(wrong.misconception, '')}".strip()
+            return Verdict(WRONG, words, wrong.misconception)
         except Uncheckable as error:
             return Verdict(UNCHECKABLE, str(error))
         except (Exception, SystemExit) as error:
-            return Verdict(UNCHECKABLE, f"The check itself stopped on this answer, with {_name(error)}. Is it of the kind asked for?")
+            stopped = f"The check itself stopped on this answer, with {_name(error)}."
+            return Verdict(UNCHECKABLE, f"{stopped} Is it of the kind that the exercise asks for?")
 
-    def hint(self) -> Words:
-        """The next hint; after the last one, the last again."""
-        self._shown = min(self._shown + 1, len(self._hints))
-        more = "Call `hint()` again for more." if self._shown < len(self._hints) else "That was the last; `solution()` shows one."
-        return Words(f"**Hint {self._shown} of {len(self._hints)}.** {self._hints[self._shown - 1]} {more}")
+    def hint(self) -> Reply:
+        """The next hint. After the last one, the last again."""
+        self._hints_shown = min(self._hints_shown + 1, len(self._hints))
+        last = self._hints_shown == len(self._hints)
+        more = "Call `solution()` to see a solution." if last else "Call `hint()` again for more."
+        text = self._hints[self._hints_shown - 1]
+        return Reply(f"**Hint {self._hints_shown} of {len(self._hints)}.** {text} {more}")
 
-    def solution(self) -> Words:
+    def solution(self) -> Reply:
         """One solution, with its reason."""
-        return Words(f"**One solution.** {self._reason}\n\n```python\n{self.solution_code}\n```")
-
-    def _not_attempted(self) -> Verdict:
-        return Verdict(NOT_ATTEMPTED, "There is still a `...`: put your answer in its place (or delete its line, in a repair), and run the cell again.")
+        return Reply(f"**One solution.** {self._reason}\n\n```python\n{self.solution_code}\n```")
 
     def __repr__(self) -> str:
         return f"Exercise {self.__name__}: {self.__doc__} Call .check(answer), .hint() or .solution()."
 
 
-def exercise(*, hints: tuple[str, ...], solution: str, reason: str) -> Callable[[Callable[..., str]], Exercise]:
-    """Makes an `Exercise` of a judge, a function from the learner's answers to a sentence of praise."""
-    return lambda judge: Exercise(judge, hints, solution, reason)
+def exercise(*, hints: str, solution: str, reason: str, replies: str) -> Callable[[Callable], Exercise]:
+    """A decorator that makes an `Exercise` of a judge: a function from answers to a sentence of praise.
+
+    Args:
+        hints: one a line. replies: one a line, "misconception: reply". See `items`.
+    """
+    named = dict(item.split(": ", 1) for item in items(replies))
+    return lambda judge: Exercise(judge, items(hints), solution, reason, named)
 
 
-def call(function, *arguments):
+def items(text: str) -> list[str]:
+    """The lines of a text block; a line that is indented further continues the line before."""
+    return re.sub(r"\n +", " ", textwrap.dedent(text).strip()).splitlines()
+
+
+def call(function, *arguments, errors: dict[str, str] | None = None):
     """What the learner's function returns.
 
+    Args:
+        errors: a misconception for each piece of text that shows it in what Python says when the code stops.
+
     Raises:
-        Uncheckable: it is no function; it raised, called itself without end, or returned nothing.
+        Wrong: the code stopped with one of these errors.
+        Uncheckable: `function` is not a function, stopped with another error, or returned nothing.
     """
-    result = run(function, *arguments)
+    result = run(function, *arguments, errors=errors)
     if result is None:
-        raise Uncheckable("Your function returned `None`: it says nothing back. `print` only shows; does every way through it end in `return`?")
+        advice = "`print` only shows a value. Does every branch end with `return`?"
+        raise Uncheckable(f"Your function returned `None`. {advice}")
     return result
 
 
-def run(function, *arguments):
-    """As `call`, for a function that acts and need not return anything."""
+def run(function, *arguments, errors: dict[str, str] | None = None):
+    """As `call`, for a function that need not return anything."""
     if not callable(function):
-        raise Uncheckable(f"A function is asked for; this is {kind_of(function)}. Pass its name, without calling it.")
+        given = f"The exercise asks for a function. This is {kind_of(function)}."
+        raise Uncheckable(f"{given} Give the function's name, without calling it.")
     try:
         result = function(*arguments)
     except (Wrong, Uncheckable, _Blank):
         raise
-    except RecursionError as error:
-        raise LearnerError(error, "Your function calls itself without end. What should stop it?") from None
+    except RecursionError:
+        raise Uncheckable("Your function calls itself without end. What should stop it?") from None
     except (Exception, SystemExit) as error:
-        raise LearnerError(error, f"Your code stopped with {_name(error)}{_where(error)}. {_advice(error)}") from None
+        for piece, misconception in (errors or {}).items():
+            if piece in f"{type(error).__name__}: {error}":
+                raise Wrong(misconception) from None
+        raise Uncheckable(f"Your code stopped with {_name(error)}{_where(error)}. {_advice(error)}") from None
     if _is_blank(result):
         raise _Blank
     return result
 
 
 def mentions(function, *names: str) -> bool:
-    """Whether the code of a learner's function uses one of `names`; True where its code cannot be seen."""
+    """Whether the code of a learner's function uses one of `names`. False where its code cannot be seen."""
     code = getattr(function, "__code__", None)
-    return code is None or not set(names).isdisjoint(code.co_names)
+    return code is not None and not set(names).isdisjoint(code.co_names)
 
 
 def same(given, truth) -> bool:
-    """Whether two numbers, lists or tensors of numbers have one shape and the same values, rounding aside."""
+    """Whether two numbers, lists or tensors have the same shape and, apart from rounding, the same values."""
     given, truth = numbers(given), numbers(truth)
     return given.shape == truth.shape and torch.allclose(given, truth, rtol=1e-4, atol=1e-6)
 
 
-def compare(given, truth, misconceptions: dict[str, tuple[object, str]], otherwise: str) -> None:
-    """Passes when `given` is `truth`; else raises `Wrong` for the misconception whose value it has, or with `otherwise`.
+def compare(given, truth, mistakes: dict[str, object], words: str) -> None:
+    """Passes if `given` is `truth`. If not, raises `Wrong`.
 
     Args:
-        misconceptions: by name, the value that the mistake leads to, and the reply to it.
+        mistakes: the value that each misconception leads to, by its name among the exercise's `replies`.
+        words: what to say if `given` has none of these values.
     """
     if same(given, truth):
         return
-    for name, (value, words) in misconceptions.items():
+    for misconception, value in mistakes.items():
         if same(given, value):
-            raise Wrong(name, words)
+            raise Wrong(misconception)
     if any(same(given, numbers(truth).round(decimals=places)) for places in (2, 3)):
-        raise Wrong("rounded", "Right but for the rounding: return the number itself, and round only what you print.")
+        raise Wrong("rounded", "The value is right but rounded. Round only what you print.")
     flat, wanted = numbers(given).flatten(), numbers(truth).flatten()
     if same(flat, wanted):
-        raise Wrong(None, f"The right numbers, but in the shape {tuple(numbers(given).shape)}; asked is {_shape(truth)}.")
-    if len(wanted) == 1 and len(flat) > 1 and same(flat.sum(), wanted[0]):
-        raise Wrong(None, "Right in its parts: add them up, for one number is asked for.")
-    if len(wanted) == 1 and isinstance(given, tuple) and all(isinstance(part, int) for part in given) and all(part < 1000 for part in given[1:]):
-        raise Wrong("a comma within a number", f"In Python a comma makes two numbers, here {given}: write 6794 or 6_794 for 6,794.")
-    raise Wrong(None, f"{otherwise} Yours gave {_short(given)}.")
+        right = tuple(numbers(truth).shape)
+        needed = f"the shape {right}" if right else "one number, without brackets"
+        shape = tuple(numbers(given).shape)
+        raise Wrong(None, f"The numbers are right, but they have the shape {shape}. Return {needed}.")
+    if len(wanted) == 1 and len(flat) > 1:
+        if same(flat.sum(), wanted[0]):
+            raise Wrong(None, "The parts are right. Now add them up: the exercise asks for one number.")
+        if isinstance(given, tuple) and all(isinstance(part, int) and part < 1000 for part in given[1:]):
+            advice = f"In Python a comma makes two numbers, here {given}. Write 6794 or 6_794 for 6,794."
+            raise Wrong("a comma within a number", advice)
+    raise Wrong(None, f"{words} Your answer gave {_short(given)}.")
 
 
 def numbers(value) -> torch.Tensor:
     """The value as a float64 tensor.
 
     Raises:
-        Uncheckable: it holds something that is no number.
+        Uncheckable: it holds something that is not a number.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", torch.float64)
     try:
         if isinstance(value, (bool, str)):
             raise TypeError
-        return torch.as_tensor(_plain(value), dtype=torch.float64, device="cpu")
+        return torch.as_tensor(_without_tensors(value), dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        quotes = " Without the quotes it is one." if isinstance(value, str) and value.strip().replace(".", "", 1).isdigit() else ""
-        raise Uncheckable(f"Numbers are asked for; this is {kind_of(value)}: {_short(value)}.{quotes}") from None
+        quoted = isinstance(value, str) and value.strip().replace(".", "", 1).isdigit()
+        advice = " Remove the quotes to make it a number." if quoted else ""
+        found = f"This is {kind_of(value)}: {_short(value)}."
+        raise Uncheckable(f"The exercise asks for numbers. {found}{advice}") from None
 
 
 def need_tensor(value, what: str) -> torch.Tensor:
@@ -225,68 +245,66 @@ def need_tensor(value, what: str) -> torch.Tensor:
         Uncheckable: it is not.
     """
     if not isinstance(value, torch.Tensor):
-        raise Uncheckable(f"{what} should be a tensor; this is {kind_of(value)}.")
+        raise Uncheckable(f"{what} should be a tensor. This is {kind_of(value)}.")
     return value
 
 
 def kind_of(value) -> str:
     """What kind of thing a value is, in a learner's words."""
-    if value is None:
-        return "`None`"
     name = type(value).__name__
-    plain = {"str": "text (str)", "int": "a number (int)", "float": "a number (float)", "bool": "True or False (bool)", "dict": "a dictionary"}
+    plain = {"NoneType": "`None`", "str": "text (str)", "int": "a number (int)", "float": "a number (float)"}
+    plain |= {"bool": "True or False (bool)", "dict": "a dictionary"}
     return plain.get(name, f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}")
 
 
-def _shape(value) -> str:
-    shape = tuple(numbers(value).shape)
-    return f"the shape {shape}" if shape else "one number, without brackets"
-
-
 _MODULES = ("math", "np", "numpy", "copy", "F", "torch", "nn", "parametrize")
-# What a learner should look at, by a piece of what Python or PyTorch says.
+_COMPUTED = "A parametrized weight is computed and cannot be assigned. Remove the parametrization first."
+# What a learner should look at, for a piece of what Python or PyTorch says.
 _LOOK = {
-    "Boolean value of Tensor": "`not`, `and` and `or` want a single True or False; for each entry of a tensor use `~`, `&` and `|`.",
-    "could not infer output dtype": "A mean needs numbers with a point: put `.float()` before it.",
-    "must match the size": "`*`, `+` and `==` go entry by entry. Print the `.shape` of both sides; the matrix product is `@`.",
-    "shapes cannot be multiplied": "Print the `.shape` of both sides: in `A @ B` the columns of A must be as many as the rows of B.",
-    "not callable": "Is a `*` missing before the bracket, or `[…]` meant?",
+    "Boolean value of Tensor": "`not`, `and`, `or` need one True or False. For each entry use `~`, `&`, `|`.",
+    "could not infer output dtype": "A mean needs floating-point numbers: put `.float()` before it.",
+    "must match the size": "`*`, `+`, `==` work entry by entry. For matrices use `@`. Print both shapes.",
+    "shapes cannot be multiplied": "In `A @ B`, A has as many columns as B has rows. Print both shapes.",
+    "not callable": "Is a `*` missing before the bracket, or did you mean `[…]`?",
     "must be tuple of Tensors": "`torch.cat` takes the tensors in one list: `torch.cat([a, b], dim=…)`.",
     "method' object": "Are the brackets of a call missing, as in `net.modules()` and `p.detach()`?",
     "in-place operation": "Change a parameter inside `with torch.no_grad():`, or make a new tensor with `+`.",
-    "weight' already exists": "A parametrized weight is computed and takes no assignment: remove the parametrization first.",
-    "right_inverse": "A parametrized weight is computed and takes no assignment: remove the parametrization first.",
-    "as parameter": "In place of a parameter goes another `nn.Parameter`; or change its numbers inside `with torch.no_grad():`.",
-    "context manager protocol": "What follows `with` must be called: are its brackets missing, as in `with torch.no_grad():`?",
-    "to unpack": "Do you take more names than each item holds? Print one item.",
+    "weight' already exists": _COMPUTED,
+    "right_inverse": _COMPUTED,
+    "as parameter": "Assign another `nn.Parameter`, or change the numbers inside `with torch.no_grad():`.",
+    "context manager protocol": "Are the brackets of a call missing, as in `with torch.no_grad():`?",
+    "to unpack": "Do you unpack more names than each item holds? Print one item.",
 }
 
 
-def _advice(error: Exception) -> str:
+def _advice(error: BaseException) -> str:
     if isinstance(error, NameError):
-        return _about_name(error)
+        return _advice_about_name(error)
     if isinstance(error, KeyError) and "exists" not in str(error):
-        return "That key is not in the dictionary: print its keys."
+        return "This key is not in the dictionary: print its keys."
     if isinstance(error, AttributeError) and "method'" not in str(error):
-        return "Is the name behind the point spelled right? Print the `type` of what stands before it."
-    if isinstance(error, TypeError) and not _where(error):  # it never came into the function
+        return "Is the name after the dot spelled right? Print the `type` of what stands before the dot."
+    if isinstance(error, TypeError) and not _where(error):  # Python did not enter the function
         return "The check calls your function with all its arguments: leave the line `def …` as it was."
-    return next((words for piece, words in _LOOK.items() if piece in str(error)), "Run it by hand on a small example.")
+    found = [words for piece, words in _LOOK.items() if piece in str(error)]
+    return found[0] if found else "Run it by hand on a small example."
 
 
-def _about_name(error: NameError) -> str:
+def _advice_about_name(error: NameError) -> str:
     if error.name in _MODULES:
         return f"`{error.name}` must be imported first, in a cell above."
     code = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
     if "self" in code.co_varnames[: code.co_argcount]:
-        return f"Does it belong to the object? Then it is `self.{error.name}`."
-    return ("A name must be spelled as in the line `def …`, or belong to something that a cell above made. "
-            "(What a `for` within brackets makes exists only within them.)")  # fmt: skip
+        return f"Does it belong to the object? Then write `self.{error.name}`."
+    return (
+        "Spell the name as in the line `def …`, or as in the cell above that made it. (A name that a `for` "
+        "inside brackets makes exists only inside them.)"
+    )
 
 
-def _plain(value):
+def _without_tensors(value):
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
+        return [_without_tensors(part) for part in value]
     return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
@@ -305,14 +323,16 @@ def _has_blank_in_source(function) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # typed at a prompt, or part of a longer line
         return False
-    # An index such as x[..., 0] is no blank.
-    indices = {id(n) for part in ast.walk(tree) if isinstance(part, ast.Subscript) for n in ast.walk(part.slice)}
-    return any(isinstance(n, ast.Constant) and n.value is ... and id(n) not in indices for n in ast.walk(tree))
+    # The dots of an index such as x[..., 0] are not a blank.
+    indexes = [n.slice for n in ast.walk(tree) if isinstance(n, ast.Subscript)]
+    in_index = {id(n) for index in indexes for n in ast.walk(index)}
+    constants = [n for n in ast.walk(tree) if isinstance(n, ast.Constant)]
+    return any(n.value is ... and id(n) not in in_index for n in constants)
 
 
 def _name(error: BaseException) -> str:
-    first = str(error).strip().splitlines()
-    return f"`{type(error).__name__}`" + (f": {first[0][:200]}" if first else "")
+    first_line = str(error).strip().splitlines()
+    return f"`{type(error).__name__}`" + (f": {first_line[0][:200]}" if first_line else "")
 
 
 def _where(error: BaseException) -> str:

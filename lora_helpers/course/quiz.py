@@ -1,4 +1,4 @@
-"""A recall quiz: a few questions, each answered in words as soon as a choice is made."""
+"""A recall quiz: a few questions, each answered in words as soon as the learner chooses."""
 
 import html
 from collections.abc import Sequence
@@ -6,10 +6,20 @@ from dataclasses import dataclass
 
 import ipywidgets as widgets
 
+from lora_helpers.course.exercise import items
+
 
 @dataclass(frozen=True)
 class Question:
-    """One question: `replies` gives each choice, in the order shown, its reply; `right` is the choice that is right."""
+    """One question.
+
+    Attributes:
+        right: the right choice.
+        replies: the reply to each choice, in the order in which the choices are shown.
+
+    Raises:
+        TypeError: `replies` is not a dict. ValueError: `right` is not one of the choices.
+    """
 
     ask: str
     right: str
@@ -17,64 +27,86 @@ class Question:
 
     def __post_init__(self):
         if not isinstance(self.replies, dict):
-            raise TypeError(f"replies is {self.replies!r}; it must be a dict that gives each choice its reply.")
+            raise TypeError(f"replies is {self.replies!r}; it must be a dict from each choice to its reply.")
         if self.right not in self.replies:
             raise ValueError(f"The right choice {self.right!r} is not among {list(self.replies)}.")
 
 
 class Quiz(widgets.VBox):
-    """The questions below each other, and how many were right at the first try.
+    """The questions, one below the other, and how many were right at the first try.
 
     Attributes:
-        radios: the choices of each question; `answers`: the reply shown below each, as text.
+        questions: as given. radios: the widget of each. answers: the reply shown below each, as text.
 
     Raises:
-        TypeError: `questions` is no list of questions.
+        TypeError: `questions` is not a list of questions.
     """
 
     def __init__(self, questions: Sequence[Question]):
-        if not isinstance(questions, (list, tuple)) or not questions or not all(isinstance(question, Question) for question in questions):
-            raise TypeError(f"questions is {questions!r}; it must be a list of at least one Question(ask, right, replies).")
-        self._questions, self._first = questions, {}
-        self.radios, self.answers, parts = [], ["" for _ in questions], []
-        self._replies = [widgets.HTML() for _ in questions]
-        self._total = widgets.HTML(self._score())
-        for place, question in enumerate(questions):
-            radio = widgets.RadioButtons(options=list(question.replies), value=None, layout=widgets.Layout(width="auto"), tooltip=question.ask)
-            radio.observe(lambda change, place=place: self._answer(place, change["new"]), names="value")
-            self.radios.append(radio)
-            parts += [widgets.HTML(f"<b>{place + 1}.</b> {html.escape(question.ask)}"), radio, self._replies[place]]
+        is_list = isinstance(questions, (list, tuple)) and len(questions) > 0
+        if not is_list or not all(isinstance(question, Question) for question in questions):
+            raise TypeError(f"questions is {questions!r}; it must be a list of questions.")
+        self.questions, self.answers = questions, ["" for _ in questions]
+        self.radios = [_radio(question) for question in questions]
+        self._first_tries, self._replies = {}, [widgets.HTML() for _ in questions]
+        self._total, parts = widgets.HTML(self._total_text()), []
+        for place, (question, radio) in enumerate(zip(questions, self.radios)):
+            radio.observe(lambda change, place=place: self._answer(place), names="value")
+            heading = widgets.HTML(f"<b>{place + 1}.</b> {html.escape(question.ask)}")
+            parts += [heading, radio, self._replies[place]]
         super().__init__([*parts, self._total])
         self.add_class("lora-quiz")
 
     @property
     def score(self) -> int:
-        """How many questions were answered rightly at the first try."""
-        return sum(self._first.values())
+        """How many questions were answered right at the first try."""
+        return sum(self._first_tries.values())
 
-    def _answer(self, place: int, choice: str | None) -> None:
+    def _answer(self, place: int) -> None:
+        question, choice = self.questions[place], self.radios[place].value
         if choice is None:
             return
-        question = self._questions[place]
         right = choice == question.right
-        self._first.setdefault(place, right)
+        self._first_tries.setdefault(place, right)
         self.answers[place] = f"{'✔ Right.' if right else '✘ Not so.'} {question.replies[choice]}"
         self._replies[place].value = f"<output>{html.escape(self.answers[place])}</output>"
-        self._total.value = self._score()
+        self._total.value = self._total_text()
 
-    def _score(self) -> str:
-        return f"<output>Right at the first try: {self.score} of {len(self._questions)}.</output>"
+    def _total_text(self) -> str:
+        return f"<output>Right at the first try: {self.score} of {len(self.questions)}.</output>"
 
     def __repr__(self) -> str:
-        return f"Quiz: {len(self._questions)} questions; run this notebook to answer them"
+        return f"Quiz: {len(self.questions)} questions; run this notebook to answer them"
 
     def _repr_mimebundle_(self, **kwargs):
-        # Where widgets do not run, the questions stand in their place, each answer folded away.
-        data = super()._repr_mimebundle_(**kwargs)
-        parts = []
-        for question in self._questions:
-            choices = "".join(f"<li>{html.escape(choice)}</li>" for choice in question.replies)
-            answer = html.escape(f"{question.right}. {question.replies[question.right]}")
-            parts.append(f"<li>{html.escape(question.ask)}<ul>{choices}</ul><details><summary>Answer</summary>{answer}</details></li>")
-        data["text/html"] = f"<ol>{''.join(parts)}</ol>"
-        return data
+        # Where widgets do not run, the notebook shows the questions, and each answer folded.
+        items = "".join(map(_as_html, self.questions))
+        return super()._repr_mimebundle_(**kwargs) | {"text/html": f"<ol>{items}</ol>"}
+
+
+def _radio(question: Question) -> widgets.RadioButtons:
+    layout = widgets.Layout(width="auto")
+    return widgets.RadioButtons(
+        options=list(question.replies), value=None, layout=layout, tooltip=question.ask
+    )
+
+
+def _as_html(question: Question) -> str:
+    choices = "".join(f"<li>{html.escape(choice)}</li>" for choice in question.replies)
+    answer = html.escape(f"{question.right}. {question.replies[question.right]}")
+    folded = f"<details><summary>Answer</summary>{answer}</details>"
+    return f"<li>{html.escape(question.ask)}<ul>{choices}</ul>{folded}</li>"
+
+
+def read_quiz(text: str) -> Quiz:
+    """A quiz from text, as in ex1_mlp.py.
+
+    A blank line separates the questions. Below each are its choices: "✔ choice: reply" or "✘ choice: reply".
+    """
+    questions = []
+    for block in text.split("\n\n"):
+        ask, *choices = items(block)
+        replies = dict(choice[2:].split(": ", 1) for choice in choices)
+        (right,) = (choice[2:].split(": ", 1)[0] for choice in choices if choice.startswith("✔"))
+        questions.append(Question(ask, right, replies))
+    return Quiz(questions)

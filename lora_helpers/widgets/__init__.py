@@ -1,1 +1,1 @@
-"""Panels to play with. Each is a pure computation, a pure picture, and thin controls with plain traits between them."""
+"""Panels to play with: each computes from its controls, draws a picture, and has plain traits in between."""

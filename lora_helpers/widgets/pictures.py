@@ -1,139 +1,157 @@
 """Pictures that are drawn again at every move of a slider, in tens of milliseconds."""
 
+import base64
+import html
 import io
-from collections.abc import Iterable
 from functools import lru_cache
-from itertools import accumulate
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import PathCollection
-from matplotlib.font_manager import FontProperties
-from matplotlib.path import Path
-from matplotlib.text import Text
-from matplotlib.textpath import TextPath, text_to_path
-from matplotlib.transforms import Affine2D
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from matplotlib.image import AxesImage
+from PIL import Image, ImageDraw, ImageFont
 
 from lora_helpers import plots
-from lora_helpers.plots import Picture
+from lora_helpers.plots import AFTER, BEFORE, in_plain_style, ink
 
 DPI = 100
+COLORS = (BEFORE, "#D55E00", "#009E73")  # Okabe and Ito's palette
 
 
-class LivePicture(Picture):
-    """A picture whose artists are made once and then only given new values, over a background that is drawn once.
+class LivePicture(Figure):
+    """A picture of which only the values are drawn again.
 
-    A subclass puts what changes into `self._moving`, and sets `self._background` to None when the rest has changed.
-    Sizes and places are in inches from the lower left.
-
-    Args:
-        caption: leaves room for the summary above, for places where no text stands beside the picture.
+    `build` draws once what never changes (axes, headings), whatever matplotlib style the session has set.
+    A subclass gives the artists in `moving` new values. They are drawn over it, then Pillow writes the words:
+    matplotlib takes a millisecond for each. Sizes and places are in inches from the lower left.
     """
 
-    def __init__(self, width: float, height: float, caption: bool):
-        self._width, self._height = width, height + (0.5 if caption else 0)
-        super().__init__("", figsize=(self._width, self._height), dpi=DPI)
-        self.set_layout_engine("none")
-        self._canvas, self._background = FigureCanvasAgg(self), None
-        self._caption = self._write(0.1, self._height - 0.06, va="top", fontsize=10, linespacing=1.5)
-        self._caption.set_visible(caption)
-        self._moving = [self._caption]
+    @in_plain_style
+    def __init__(self, width: float, height: float):
+        super().__init__(figsize=(width, height), dpi=DPI)
+        self.moving, self._words, self._canvas = [], [], FigureCanvasAgg(self)
+        self.build()
+        for x, y, word, axes, size, color, *_ in self._words:  # written by `build`, so they stay
+            axes.text(x, y, word, fontsize=size, color=color, ha="center", va="center")
+        self._draw_background()
 
-    def describe(self, summary: str) -> None:
-        """Sets the text alternative and, where there is room for it, the caption."""
-        self.alt = summary
-        lines, room = [""], self._width * 11  # characters that fit into a line
-        for part in summary.split(" · "):
-            if lines[-1] and len(lines[-1]) + len(part) > room:
-                lines.append("")
-            lines[-1] += (" · " if lines[-1] else "") + part
-        self._caption.set_text("\n".join(lines))
+    def build(self) -> None:
+        """Makes the axes and the artists that move; words that it writes stay."""
+        raise NotImplementedError
 
-    def fit(self) -> None:
-        """Takes on the size that `projector_mode` asks for."""
-        dpi = DPI * plots._type_scale  # all grows, for larger type alone would not fit: the places are fixed
-        if self.dpi != dpi:
-            self._background = None  # first: were it kept by an interrupt, it would be of the old size
-            self.set_dpi(dpi)
-
-    def png(self) -> bytes:
-        self.fit()
-        renderer = self._canvas.get_renderer()
-        if self._background is None:
-            for artist in self._moving:
-                artist.set_animated(True)  # leaves them out of the background
-            self._canvas.draw()
-            self._background = self._canvas.copy_from_bbox(self.bbox)
-        self._canvas.restore_region(self._background)
-        for artist in self._moving:
-            artist.draw(renderer)
-        buffer = io.BytesIO()
-        plots.pixels(self._canvas).save(buffer, "png", compress_level=1)
-        return buffer.getvalue()
-
-    def _place(self, left: float, bottom: float, width: float, height: float) -> Axes:
-        axes = self.add_axes((left / self._width, bottom / self._height, width / self._width, height / self._height))
+    def place(self, left: float, bottom: float, width: float, height: float, title: str = "") -> Axes:
+        """New axes at a place in inches."""
+        across, up = self.get_size_inches()
+        axes = self.add_axes((left / across, bottom / up, width / across, height / up))
         axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=9, length=2, pad=2)
+        axes.set_title(title, loc="left", fontsize=11)
         return axes
 
-    def _write(self, left: float, bottom: float, **style) -> Text:
-        return self.text(left / self._width, bottom / self._height, "", **style)
+    def bars(self, axes: Axes) -> list:
+        """Two times ten bars, of the base and of the network as it is switched. They move."""
+        line = {"edgecolor": "white", "linewidth": 0.5}
+        both = [
+            axes.bar(np.arange(10) - 0.2, 1, 0.4, color=BEFORE, **line),
+            axes.bar(np.arange(10) + 0.2, 1, 0.4, color=AFTER, hatch="///", **line),
+        ]
+        axes.set(xticks=range(10), xlim=(-0.6, 9.6))
+        names = ["base", " " * 16]  # the second says how the switch stands, so it is written at each move
+        axes.legend(
+            both, names, loc="lower right", ncols=2, frameon=False, borderpad=0, bbox_to_anchor=(1, 1.01)
+        )
+        self.moving += [*both[0], *both[1]]
+        return both
 
+    def erase(self) -> None:
+        """Takes all words away."""
+        self._words = []
 
-class Words(PathCollection):
-    """Words in a picture, their outlines drawn together and kept: as `Text`s, each would take some milliseconds.
+    def write(self, x, y, word: str, axes: Axes | None = None, size=9, color="black", anchor="mm", halo=0):
+        """Writes `word` at (x, y), in the data coordinates of `axes`, else in inches.
 
-    Args:
-        axes: whose data coordinates the places are in, unless `inches`, from the picture's lower left, are asked for.
-        fontsize: in points.
-        room: for how many characters there is room; longer words are written smaller.
-        align: which part of a word stands at its place: "left", "center" or "right".
+        Args:
+            size: in points.
+            anchor: which part of the word stands there, as in Pillow: "lm" is left and middle.
+            halo: how many pixels around it are white.
+        """
+        self._words.append((x, y, word, axes, size, color, anchor, halo))
 
-    Attributes:
-        words: what is written, each as x, y of its middle line, the word, and its colour.
-    """
+    def write_key(self, x: float, y: float, sign: str, color: str, word: str) -> None:
+        """Writes what `sign`, in its colour, stands for."""
+        self.write(x, y, sign, size=11, color=color)
+        self.write(x + 0.13, y, word, size=10, anchor="lm")
 
-    def __init__(self, axes: Axes, fontsize: float, room: int = 100, align: str = "center", inches: bool = False):
-        to_inches = axes.figure.dpi_scale_trans
-        super().__init__([], offset_transform=to_inches if inches else axes.transData, linewidths=0, clip_on=False)
-        self.set_transform(Affine2D().scale(1 / 72) + to_inches)
-        self._fontsize, self._room, self._align, self.words = fontsize, room, align, []
-        axes.add_collection(self, autolim=False)
+    def fill(self, image: AxesImage, values: np.ndarray, words: list[str], size: float = 8) -> None:
+        """Gives a heat map new values, and writes a word into each cell."""
+        image.set_data(values)
+        paper = 1 - image.get_alpha() if image.get_alpha() else 0
+        grounds = image.to_rgba(values)[..., :3].reshape(-1, 3) * (1 - paper) + paper
+        for (y, x), ground, word in zip(np.ndindex(values.shape), grounds, words):
+            if word:
+                self.write(x, y, word, axes=image.axes, size=size, color=ink(ground))
 
-    def write(self, words: Iterable[tuple[float, float, str, str]]) -> None:
-        """Replaces what is written."""
-        self.words = words = [word for word in words if word[2].strip()]
-        self.set_paths([_outline(word, self._fontsize * min(1, self._room / len(word)), self._align) for _, _, word, _ in words])
-        self.set_offsets(np.reshape([(x, y) for x, y, _, _ in words], (-1, 2)))  # of none, too
-        self.set_facecolor([color for *_, color in words])
+    def pixels(self) -> Image.Image:
+        """The picture as it is now, in the size that `projector_mode` asks for."""
+        if self.dpi != DPI * plots._type_scale:
+            self.set_dpi(DPI * plots._type_scale)  # everything grows: larger type alone would not fit
+            self._draw_background()
+        self._canvas.restore_region(self._background)
+        for artist in self.moving:
+            artist.draw(self._canvas.get_renderer())
+        image = plots.pixels(self._canvas)
+        pen = ImageDraw.Draw(image)
+        for x, y, word, axes, size, color, anchor, halo in self._words:
+            across, up = (axes.transData if axes else self.dpi_scale_trans).transform((x, y))
+            place, font = (across, image.height - up), _font(size * self.dpi / 72)
+            pen.text(place, word, color, font, anchor=anchor, stroke_width=halo, stroke_fill="white")
+        return image
 
-    def width(self, word: str) -> float:
-        """How wide `word` is written, in inches."""
-        return sum(_glyph(character, self._fontsize)[1] for character in word) / 72
-
-
-@lru_cache(maxsize=2048)
-def _outline(word: str, fontsize: float, align: str) -> Path:
-    """The word beside or around the origin, in points; its middle line is that of a digit, so that all words stand on one line."""
-    glyphs, advances = zip(*(_glyph(character, fontsize) for character in word))
-    *starts, width = accumulate(advances, initial=0)
-    left = {"left": 0, "center": width / 2, "right": width}[align]
-    down = _half_digit(fontsize)
-    inked = [(glyph.vertices + (start - left, -down), glyph.codes) for glyph, start in zip(glyphs, starts) if len(glyph.vertices)]
-    return Path(*map(np.concatenate, zip(*inked)))
-
-
-@lru_cache(maxsize=1024)
-def _glyph(character: str, fontsize: float) -> tuple[Path, float]:
-    """The outline of a character, and how far on the next one begins, both in points."""
-    advance, *_ = text_to_path.get_text_width_height_descent(character, FontProperties(size=fontsize), ismath=False)
-    return Path(np.empty((0, 2))) if character.isspace() else TextPath((0, 0), character, size=fontsize), advance
+    def _draw_background(self) -> None:
+        for artist in self.moving:
+            artist.set_animated(True)  # leaves them out
+        self._canvas.draw()
+        self._background = self._canvas.copy_from_bbox(self.bbox)
 
 
 @lru_cache
-def _half_digit(fontsize: float) -> float:
-    return TextPath((0, 0), "0", size=fontsize).get_extents().intervaly.mean()
+def _font(pixels: float) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(findfont("DejaVu Sans"), pixels, layout_engine=ImageFont.Layout.BASIC)
+
+
+def with_caption(picture: Image.Image, text: str) -> Image.Image:
+    """`picture`, and `text` above it, broken at its " · ": for places where no text stands beside it."""
+    font, lines = _font(14 * plots._type_scale), [""]
+    for part in text.split(" · "):
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        if font.getlength(longer) < picture.width - 20:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    room = round(1.5 * font.size * len(lines)) + 10
+    sheet = Image.new("RGB", (picture.width, picture.height + room), "white")
+    sheet.paste(picture, (0, room))
+    ImageDraw.Draw(sheet).text((10, 6), "\n".join(lines), "black", font, spacing=0.3 * font.size)
+    return sheet
+
+
+def as_png(picture: Image.Image, **options) -> bytes:
+    """`picture` as PNG; `options` are Pillow's."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "png", **options)
+    return buffer.getvalue()
+
+
+def as_html(png: bytes, alt: str) -> str:
+    """An `<img>` that holds `png`. Its size is given and decoding waits, so that nothing jumps."""
+    width, height = Image.open(io.BytesIO(png)).size
+    style = "max-width: 100%; height: auto; border-radius: 4px; display: block"
+    return (
+        f'<img alt="{html.escape(alt)}" width="{width}" height="{height}" decoding="sync" style="{style}" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    )
 
 
 def signed(change: int) -> str:

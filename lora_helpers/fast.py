@@ -1,0 +1,208 @@
+"""Training and testing of `RichBoyNet` written out, with LoRA or without: plain products instead of autograd.
+
+Three things make it quick. Each changes rounding only.
+
+1. ΔW is never built: x (W + s·BA)ᵀ = x Wᵀ + s·(x Aᵀ) Bᵀ, with s = α/r.
+2. The chain rule is written out, so there is no graph to make. From D = ∂L/∂z of a layer z = x Wᵀ + b +
+s·(x Aᵀ) Bᵀ:
+
+       ∂L/∂B = Dᵀ s(x Aᵀ)      ∂L/∂A = (s·D B)ᵀ x      ∂L/∂x = D W + (s·D B) A
+       ∂L/∂W = Dᵀ x            ∂L/∂b = the sum of D over the images
+
+3. Most hidden units are silent: behind a ReLU they are zero for every image of a batch. They add nothing to
+   z, and the ReLU lets no gradient through to them, so they are left out of the products with the frozen
+   weight.
+
+Several copies of one frozen base, each with an adapter of its own, share the products with the frozen
+weights.
+
+Source: Goodfellow, Bengio and Courville, Deep Learning (2016), section 6.5; Hu et al., arXiv 2106.09685,
+equation (3).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_helpers.lora import LoRAParametrization, lora_layers, original_weight
+from lora_helpers.model import LAYERS, RichBoyNet
+
+SILENT = (
+    0.5  # at least this share of the units must be silent: below, picking the others costs more than it saves
+)
+PART = 500  # test images computed together
+
+
+class Fast:
+    """The written-out arithmetic of `nets`: one network, or n copies of one frozen base with an adapter each.
+
+    Make one for each training or test: it reads once which adapters are in use.
+    """
+
+    def __init__(self, nets: Sequence[RichBoyNet]):
+        self.layers = [_Layer([net.get_submodule(name) for net in nets]) for name in LAYERS]
+        self.layers[1].after_relu()
+
+    def first_products(self, images: torch.Tensor) -> torch.Tensor | None:
+        """x W₁ᵀ + b₁, … × hidden_size_1, of images, … × 784. None if W₁ is trained, for then it changes."""
+        first = self.layers[0]
+        return None if first.weight.requires_grad else F.linear(images, first.weight, first.bias)
+
+    @torch.no_grad()
+    def logits(self, images: torch.Tensor, products: torch.Tensor | None = None) -> torch.Tensor:
+        """n × N × 10 logits for n × N × 784 images (and their first products, n × N × hidden_size_1)."""
+        first, second, third = self.layers
+        self.hidden_1 = first.forward(images, products).relu_()  # n × N × hidden_size_1
+        self.hidden_2 = second.forward(self.hidden_1).relu_()  # n × N × hidden_size_2
+        return third.forward(self.hidden_2)
+
+    @torch.no_grad()
+    def backpropagate(
+        self, images: torch.Tensor, labels: torch.Tensor, products: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The n losses for n × N × 784 images and n × N labels. Every trainable parameter gets its
+        `.grad`."""
+        first, second, third = self.layers
+        log_probabilities = F.log_softmax(self.logits(images, products), dim=-1)  # n × N × 10
+        label = labels.unsqueeze(-1)  # n × N × 1
+        losses = -log_probabilities.gather(-1, label).mean(dim=(1, 2))  # n
+        D = log_probabilities.exp()  # softmax(z) − one-hot label, divided by the number of images: ∂L/∂z₃
+        D.scatter_add_(-1, label, torch.full_like(D[..., :1], -1.0)).div_(labels.shape[1])
+        D = third.backward(D).mul_(self.hidden_2 > 0)  # n × N × hidden_size_2
+        D = second.backward(D).mul_(self.hidden_1 > 0)  # n × N × hidden_size_1
+        first.backward(D, last=True)
+        return losses
+
+
+class _Layer:
+    """One layer of n copies: one weight W, out × in, and the adapter in use of each copy, or None."""
+
+    def __init__(self, copies: Sequence[nn.Linear]):
+        self.weight, self.bias = original_weight(copies[0]), copies[0].bias
+        self.adapters = [adapter_in_use(layer) for layer in copies]
+        self.skips_silent, self.by_input = False, None
+
+    def after_relu(self) -> None:
+        """The inputs come from a ReLU, so silent ones are left out. A frozen weight is laid out so that
+        this is quick."""
+        self.skips_silent = self.weight.device.type == "cpu"
+        if self.skips_silent and not self.weight.requires_grad:
+            self.by_input = self.weight.detach().T.contiguous()  # in × out
+
+    def forward(self, x: torch.Tensor, products: torch.Tensor | None = None) -> torch.Tensor:
+        """z, n × N × out, from x, n × N × in, or from its frozen products x Wᵀ + b."""
+        self.x = x
+        z = self._frozen(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if products is None else products.clone()
+        self.inner = [
+            None if a is None else a.scale * (rows @ a.lora_A.T) for a, rows in zip(self.adapters, x)
+        ]
+        for adapter, inner, rows in zip(self.adapters, self.inner, z):
+            if adapter is not None:
+                rows.addmm_(inner, adapter.lora_B.T)  # N × r times r × out
+        return z
+
+    def backward(self, D: torch.Tensor, last: bool = False) -> torch.Tensor | None:
+        """Sets the gradients; returns ∂L/∂x, n × N × in, right wherever x is not zero. `last`: nobody
+        needs it."""
+        flat = D.flatten(0, 1)
+        if self.weight.requires_grad:
+            if self.weight.grad is None:  # kept from step to step: fresh memory of this size is slow
+                self.weight.grad = torch.empty_like(self.weight)
+            torch.mm(flat.T, self.x.flatten(0, 1), out=self.weight.grad)
+            self.bias.grad = flat.sum(dim=0)
+        back = [
+            None if a is None else a.scale * (rows @ a.lora_B) for a, rows in zip(self.adapters, D)
+        ]  # N × r
+        for adapter, inner, thin, rows, x in zip(self.adapters, self.inner, back, D, self.x):
+            if adapter is not None and adapter.lora_A.requires_grad:
+                adapter.lora_B.grad, adapter.lora_A.grad = rows.T @ inner, thin.T @ x
+        if last:
+            return None
+        gradient = self._frozen_backward(flat).unflatten(0, D.shape[:2])
+        for adapter, thin, rows in zip(self.adapters, back, gradient):
+            if adapter is not None:
+                rows.addmm_(thin, adapter.lora_A)
+        return gradient
+
+    def _frozen(self, x: torch.Tensor) -> torch.Tensor:
+        self.awake = None
+        if self.skips_silent:
+            awake = x.sum(dim=0).nonzero().flatten()  # after a ReLU nothing is negative, so nothing cancels
+            if len(awake) <= (1 - SILENT) * x.shape[1]:
+                self.awake = awake
+                self.picked = (  # awake × out
+                    self.weight.detach().index_select(1, awake).T
+                    if self.by_input is None
+                    else self.by_input.index_select(0, awake)
+                )
+                return torch.addmm(self.bias, x.index_select(1, awake), self.picked)
+        return F.linear(x, self.weight, self.bias)
+
+    def _frozen_backward(self, D: torch.Tensor) -> torch.Tensor:
+        if self.awake is None:
+            return D @ self.weight
+        gradient = D.new_zeros(len(D), self.weight.shape[1])
+        return gradient.index_copy_(1, self.awake, D @ self.picked.T)
+
+
+class SortedImages:
+    """Images to test, prepared once for every adapter on one base: sorted by digit, with the first layer's
+    products.
+
+    Images of one digit leave the same hidden units silent, so they are computed together.
+    """
+
+    def __init__(self, net: RichBoyNet, images: torch.Tensor, labels: torch.Tensor):
+        self.order = labels.argsort(stable=True)
+        x = images.flatten(1)[self.order]
+        counts = torch.bincount(labels).tolist()
+        self.parts = [
+            part for of_one_digit in x.split(counts) for part in of_one_digit.split(PART) if len(part)
+        ]
+        weight, bias = original_weight(net.linear1).detach(), net.linear1.bias.detach()
+        self.products = [F.linear(part, weight, bias) for part in self.parts]
+
+    def answers(self, net: RichBoyNet) -> torch.Tensor:
+        """The answers of `net`, int64, N, in the images' own order. Its first layer's weight must be as it
+        was."""
+        fast = Fast([net])
+        pairs = zip(self.parts, self.products)
+        answers = torch.cat([fast.logits(x[None], product[None])[0].argmax(dim=1) for x, product in pairs])
+        return torch.empty_like(answers).index_copy_(0, self.order, answers)
+
+
+def adapter_in_use(layer: nn.Linear) -> LoRAParametrization | None:
+    """The adapter that the layer's weight is computed with now, or None."""
+    stack = getattr(layer, "parametrizations", {"weight": ()})["weight"]
+    return next((adapter for adapter in stack if adapter.applied), None)
+
+
+def is_plain(net: nn.Module) -> bool:
+    """Whether `Fast` computes what `net` does: a `RichBoyNet` as it was made, with at most one adapter in
+    use a layer."""
+    if type(net) is not RichBoyNet or any(m._forward_hooks or m._forward_pre_hooks for m in net.modules()):
+        return False
+    adapted = lora_layers(net)
+    for name, layer in ((name, net.get_submodule(name)) for name in LAYERS):
+        stack = layer.parametrizations.weight if name in adapted else ()
+        only_lora = all(type(p) is LoRAParametrization for p in stack) and len(stack) == len(
+            adapted.get(name, ())
+        )
+        if not only_lora or sum(p.applied for p in stack) > 1 or (not stack and type(layer) is not nn.Linear):
+            return False
+        if "bias" in getattr(layer, "parametrizations", ()):
+            return False
+    return True
+
+
+def is_trainable_plain(net: nn.Module) -> bool:
+    """Whether `Fast` finds all gradients of `net`: all of a base without LoRA, or A and B in use on a
+    frozen base."""
+    if not is_plain(net):
+        return False
+    in_use = [a for a in (adapter_in_use(net.get_submodule(name)) for name in LAYERS) if a is not None]
+    trained = {id(p) for p in net.parameters() if p.requires_grad}
+    wanted = {id(p) for a in in_use for p in a.parameters()} if in_use else {id(p) for p in net.parameters()}
+    return trained == wanted
