@@ -77,10 +77,11 @@ class ProbabilityPicture(LivePicture):
         axes = self.place(0.1, 0.9, 1.4, 1.4, "what they see")
         self._image = axes.imshow(np.zeros((SIDE, SIDE)), cmap="gray_r", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, color="0.8")
         self.moving.append(self._image)
         axes = self._axes = self.place(2.05, 0.4, 3.05, 1.9, "probability")
         self._bars = self.bars(axes)
-        axes.set(xlim=(-0.8, 10.2), ylim=(0, 1.15))
+        axes.set(xlim=(-1.6, 10.4), ylim=(0, 1.15))
         axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
         axes.set_xlabel("digit", fontsize=9, labelpad=1)
 

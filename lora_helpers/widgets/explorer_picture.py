@@ -62,6 +62,7 @@ class ExplorerPicture(LivePicture):
         axes = self.place(left, 2.2, 2.4, 2.2, title)
         axes.set(xticks=range(10), yticks=range(10))
         axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
         axes.set_xlabel("answer", fontsize=9, labelpad=1)
         axes.set_ylabel("digit", fontsize=9, labelpad=2)
         return axes.imshow(np.zeros((10, 10)), cmap="Blues", aspect="auto", vmin=0, vmax=1)
