@@ -30,7 +30,7 @@ from lora_helpers.lora import (
     remove_lora,
 )
 from lora_helpers.model import RichBoyNet
-from lora_helpers.training import Evaluation, compare, evaluate, make_optimizer, shuffled_batches
+from lora_helpers.training import Evaluation, compare, make_optimizer, shuffled_batches
 
 # The factor on BA as the rank grows: LoRA's, rsLoRA's, or none. All agree at rank 1.
 RULES = ("α/r", "α/√r", "α")
@@ -226,9 +226,9 @@ class FineTuner:
         self.mnist = mnist
         self._net = copy.deepcopy(base)
         self._copies = {name: p.detach().clone() for name, p in base.named_parameters()}
-        self._off = evaluate(self._net, mnist.test)
         images, labels = (tensor.to(self._copies["linear1.bias"].device) for tensor in as_tensors(mnist.test))
         self._test = SortedImages(self._net, self._like_the_net(images), labels)
+        self._off = compare(self._test.answers(self._net), as_tensors(mnist.test)[1])
         self._probe = self._like_the_net(images[:: max(1, len(images) // 50)])
         with torch.no_grad():
             self._probe_logits = self._net(self._probe)
@@ -284,9 +284,8 @@ class FineTuner:
                 step = progress and (lambda done, _, before=before: progress(before + done, total))
                 self._train(chunk, chunk[0].batches, {*stops, chunk[0].batches}, step)
                 before += chunk[0].batches
-                results |= {
-                    setting: self._tested(setting) for setting in chunk
-                }  # before memory lets go of them
+                # Now, before memory lets go of them.
+                results |= {_key(setting, setting.batches): self._tested(setting) for setting in chunk}
             found = [results.get(_key(s, s.batches)) or self._tested(s) for s in settings]
             return [
                 (replace(result, setting=s), origin) for result, s, origin in zip(found, settings, origins)
@@ -389,10 +388,7 @@ class FineTuner:
         pairs = self._memory[_key(setting)].stops[setting.batches]
         setting.add_to(self._net)
         try:
-            with torch.no_grad():
-                for name, adapter in adapters_of(self._net).items():
-                    adapter.lora_A.copy_(pairs[name][0])
-                    adapter.lora_B.copy_(pairs[name][1])
+            set_adapters(self._net, pairs)
             yield
         finally:
             remove_lora(self._net)
@@ -519,6 +515,14 @@ def copied_adapters(net: nn.Module) -> Adapters:
     """Copies of A and B, by layer."""
     pairs = {name: (adapter.lora_A, adapter.lora_B) for name, adapter in adapters_of(net).items()}
     return {name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in pairs.items()}
+
+
+@torch.no_grad()
+def set_adapters(net: nn.Module, adapters: Adapters) -> None:
+    """Writes A and B into the adapter of each layer: the opposite of `copied_adapters`."""
+    for name, adapter in adapters_of(net).items():
+        adapter.lora_A.copy_(adapters[name][0])
+        adapter.lora_B.copy_(adapters[name][1])
 
 
 def product_norm(A: torch.Tensor, B: torch.Tensor, scale: float = 1.0) -> float:

@@ -29,9 +29,8 @@ from torch.nn import functional as F
 from lora_helpers.lora import LoRAParametrization, lora_layers, original_weight
 from lora_helpers.model import LAYERS, RichBoyNet
 
-SILENT = (
-    0.5  # at least this share of the units must be silent: below, picking the others costs more than it saves
-)
+# At least this share of the units must be silent. Below it, picking the others costs more than it saves.
+SILENT = 0.5
 PART = 500  # test images computed together
 
 

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean, stdev
 
@@ -23,6 +23,7 @@ from lora_helpers.experiments import (
     Setting,
     adapters_of,
     product_norm,
+    set_adapters,
     train_adapters,
 )
 from lora_helpers.fast import Fast
@@ -346,20 +347,15 @@ def learning_curves(
         gradients.append([nn.utils.get_total_norm(own).item() for own in found])
         bar.update()
 
-    everything = [Setting(**{**vars(setting), "digit": None}) for setting in settings]
+    everything = [replace(setting, digit=None) for setting in settings]
     with tqdm(total=batches, disable=not progress, unit="batch") as bar:
         trainings = train_adapters(base, mnist.train, everything, batches, {batches}, after_batch=look)
     curves = []
     for setting, training, own in zip(everything, trainings, zip(*gradients)):
         net = start_lora(base, setting)
-        for name, adapter in adapters_of(net).items():
-            for parameter, kept in zip((adapter.lora_A, adapter.lora_B), training.stops[batches][name]):
-                parameter.data.copy_(kept)
-        curves.append(
-            Curve(
-                setting, training.losses, list(own), *_signals(net, mnist), evaluate(net, mnist.test).accuracy
-            )
-        )
+        set_adapters(net, training.stops[batches])
+        accuracy = evaluate(net, mnist.test).accuracy
+        curves.append(Curve(setting, training.losses, list(own), *_signals(net, mnist), accuracy))
     return curves
 
 

@@ -218,6 +218,16 @@ def test_a_base_that_cannot_be_used_is_refused(base, some):
         FineTuner(base, some)
 
 
+def test_at_rank_1_all_rules_are_one_training_also_when_memory_lets_go_of_it(tuner, monkeypatch):
+    monkeypatch.setattr("lora_helpers.experiments.MEMORY", 1)
+    settings = [Setting(rule=rule, batches=n) for n in (3, 5) for rule in ("α/r", "α/√r", "α")]
+    settings.append(Setting(rank=2, batches=4))
+    results = [result for result, _ in tuner.run_all(settings)]
+    assert [result.setting for result in results] == settings
+    assert results[0].on is results[1].on is results[2].on and results[3].on is results[5].on
+    assert results[0].norms != results[3].norms
+
+
 def test_memory_is_bounded_and_what_it_let_go_is_trained_again(tuner, monkeypatch):
     monkeypatch.setattr("lora_helpers.experiments.MEMORY", 1)
     first = tuner.run(Setting(batches=5))[0]

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from stirred import stir
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,15 +32,6 @@ DATA = TensorDataset(IMAGES, LABELS)
 def small():
     torch.manual_seed(0)
     return RichBoyNet(60, 50).double()  # in float64, where only a wrong formula shows
-
-
-def stir(net):
-    """As if trained: B is not zero."""
-    with torch.no_grad():
-        for adapters in lora_layers(net).values():
-            for adapter in adapters:
-                adapter.lora_B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-    return net
 
 
 def by_autograd(net):

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from stirred import stir
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -37,15 +38,6 @@ def base():
 @pytest.fixture
 def net(base):
     return stir(add_lora(base, rank=2, alpha=3))
-
-
-def stir(net):
-    """As if trained: B is not zero."""
-    with torch.no_grad():
-        for adapters in lora_layers(net).values():
-            for adapter in adapters:
-                adapter.lora_B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-    return net
 
 
 def same_bits(net, state):

@@ -122,7 +122,8 @@ def test_of_moves_on_many_threads_the_last_is_shown_and_few_are_computed(panel, 
 
 def test_a_picture_with_its_words_stands_in_where_no_kernel_runs(panels):
     for panel in panels:
-        data = panel._repr_mimebundle_()
+        data, metadata = panel._repr_mimebundle_()
+        assert metadata["image/png"]["alt"] == panel.summary
         assert data["text/plain"] == f"{type(panel).__name__}: run this notebook to use its controls"
         assert "application/vnd.jupyter.widget-view+json" in data
         assert f'alt="{panel.summary}"' in data["text/html"] and data["image/png"] in data["text/html"]

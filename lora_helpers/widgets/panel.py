@@ -169,7 +169,7 @@ class Panel(widgets.VBox):
             png = as_png(picture.quantize(256, dither=Image.Dither.NONE), optimize=True)
             data["text/html"] = as_html(png, self.summary)
         data["image/png"] = base64.b64encode(png).decode()
-        return data
+        return data, {"image/png": {"alt": self.summary}}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: run this notebook to use its controls"

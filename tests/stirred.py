@@ -1,0 +1,14 @@
+"""A network with adapters, as if trained."""
+
+import torch
+
+from lora_helpers import lora_layers
+
+
+def stir(net):
+    """As if trained: B is not zero."""
+    with torch.no_grad():
+        for adapters in lora_layers(net).values():
+            for adapter in adapters:
+                adapter.lora_B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    return net
