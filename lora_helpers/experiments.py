@@ -60,6 +60,7 @@ class Setting:
         seed: of A and of the order of the images.
         optimizer: "Adam" or "SGD". lr: its learning rate.
         start: "normal", A from N(0, 1); or "kaiming", the smaller A of loralib and PEFT.
+        strength: a dial after the training: ΔW is used this many times; from 0, as if LoRA were off.
 
     Raises:
         ValueError: one of them is not as above. (A rank that is too high is refused when it is used.)
@@ -75,6 +76,7 @@ class Setting:
     optimizer: str = "Adam"
     lr: float = 1e-3
     start: str = "normal"
+    strength: float = 1
 
     def __post_init__(self):
         check_whole("rank", self.rank)
@@ -93,11 +95,13 @@ class Setting:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_positive("lr", self.lr)
         check_choice("start", self.start, STARTS)
+        if self.strength != 0:
+            check_positive("strength", self.strength)
 
     @property
     def scale(self) -> float:
-        """The factor on BA."""
-        return lora_scale(self._alpha, self.rank, self.rule == "α/√r")
+        """The factor on BA, strength included."""
+        return self.strength * lora_scale(self._alpha, self.rank, self.rule == "α/√r")
 
     @property
     def _alpha(self) -> float:
@@ -186,11 +190,12 @@ class FineTuning:
 
 @dataclass(eq=False)
 class Training:
-    """A and B after some numbers of batches, the loss of each batch, and the tests made so far."""
+    """A and B after some numbers of batches, the loss of each batch, and the tests made so far, by batches
+    and strength."""
 
     stops: dict[int, Adapters]
     losses: list[float]
-    tested: dict[int, FineTuning]
+    tested: dict[tuple[int, float], FineTuning]
 
     @property
     def size(self) -> int:
@@ -275,7 +280,7 @@ class FineTuner:
             settings, stops = list(settings), set(stops)
             origins = [self._origin(setting, stops) for setting in settings]
             missing = {
-                _key(s, s.batches): s for s, origin in zip(settings, origins) if origin == "just trained"
+                (_key(s), s.batches): s for s, origin in zip(settings, origins) if origin == "just trained"
             }
             chunks = list(_chunks(missing.values()))
             total, before = sum(chunk[0].batches for chunk in chunks), 0
@@ -284,12 +289,10 @@ class FineTuner:
                 step = progress and (lambda done, _, before=before: progress(before + done, total))
                 self._train(chunk, chunk[0].batches, {*stops, chunk[0].batches}, step)
                 before += chunk[0].batches
-                # Now, before memory lets go of them.
-                results |= {_key(setting, setting.batches): self._tested(setting) for setting in chunk}
-            found = [results.get(_key(s, s.batches)) or self._tested(s) for s in settings]
-            return [
-                (replace(result, setting=s), origin) for result, s, origin in zip(found, settings, origins)
-            ]
+                trained = {(_key(setting), setting.batches) for setting in chunk}
+                # Tested now, before memory lets go of them.
+                results |= {s: self._tested(s) for s in settings if (_key(s), s.batches) in trained}
+            return [(results.get(s) or self._tested(s), origin) for s, origin in zip(settings, origins)]
 
     def proofs(self, setting: Setting) -> dict[str, bool]:
         """Four claims about the network at `setting`, each computed now from its tensors.
@@ -341,7 +344,7 @@ class FineTuner:
         training = self._memory.get(_key(setting))
         if training is None or not {setting.batches, *stops} <= training.stops.keys():
             return "just trained"
-        return "remembered" if setting.batches in training.tested else "just tested"
+        return "remembered" if (setting.batches, setting.strength) in training.tested else "just tested"
 
     def _train(
         self, settings: Sequence[Setting], batches: int, stops: set[int], progress: Progress | None
@@ -356,15 +359,17 @@ class FineTuner:
 
     def _tested(self, setting: Setting) -> FineTuning:
         training = self._memory[_key(setting)]
-        if setting.batches not in training.tested:
-            training.tested[setting.batches] = self._test_of(setting, training)
-        return replace(training.tested[setting.batches], setting=setting)
+        stop = setting.batches, setting.strength
+        if stop not in training.tested:
+            training.tested[stop] = self._test_of(setting, training)
+        return replace(training.tested[stop], setting=setting)
 
     def _test_of(self, setting: Setting, training: Training) -> FineTuning:
         labels = as_tensors(self.mnist.test)[1]
         with self._loaded(setting):
-            # With B = 0 nothing has changed, and rounding in another order must not look as if something had.
-            on = compare(self._test.answers(self._net), labels) if setting.batches else self._off
+            # With ΔW = 0 nothing has changed, and rounding in another order must not look as if something had.
+            changed = setting.batches and setting.strength
+            on = compare(self._test.answers(self._net), labels) if changed else self._off
             counts = count_parameters(self._net)
         was_right, is_right = self._off.predictions == labels, on.predictions == labels
         return FineTuning(
@@ -389,6 +394,8 @@ class FineTuner:
         setting.add_to(self._net)
         try:
             set_adapters(self._net, pairs)
+            for adapter in adapters_of(self._net).values():
+                adapter.alpha *= setting.strength
             yield
         finally:
             remove_lora(self._net)
@@ -556,9 +563,9 @@ def _has_rank_at_most(delta: torch.Tensor, rank: int, generator: torch.Generator
     )
 
 
-def _key(setting: Setting, batches: int = 0) -> Setting:
-    # The stops of one training share it. At rank 1 all rules are one.
-    return replace(setting, batches=batches, rule="α/r" if setting.rank == 1 else setting.rule)
+def _key(setting: Setting) -> Setting:
+    # Its stops and strengths share one training. At rank 1 all rules are one.
+    return replace(setting, batches=0, strength=1, rule="α/r" if setting.rank == 1 else setting.rule)
 
 
 def _chunks(settings: Iterable[Setting]) -> Iterator[list[Setting]]:

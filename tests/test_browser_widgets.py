@@ -151,8 +151,10 @@ def test_the_explorer_by_keyboard(explorer):
     for number, key, start in (
         (0, "ArrowRight", "LoRA on · rank 2 · α 1 · 100 batches of digit 9 · "),
         (1, "ArrowRight", "LoRA on · rank 2 · α 2 · 100 batches of digit 9 · "),
-        (2, "ArrowLeft", "LoRA on · rank 2 · α 2 · 70 batches of digit 9 · "),
-        (3, "ArrowRight", "LoRA on · rank 2 · α 2 · 70 batches of digit 9 with 10% others · "),
+        (2, "ArrowLeft", "LoRA on · rank 2 · α 2, strength 0.7 · 100 batches of digit 9 · "),
+        (2, "ArrowRight", "LoRA on · rank 2 · α 2 · 100 batches of digit 9 · "),
+        (3, "ArrowLeft", "LoRA on · rank 2 · α 2 · 70 batches of digit 9 · "),
+        (4, "ArrowRight", "LoRA on · rank 2 · α 2 · 70 batches of digit 9 with 10% others · "),
     ):
         slider(explorer, number).press(key)
         shows(explorer, start)
@@ -179,8 +181,9 @@ def test_the_explorer_by_mouse(explorer):
     for number, start in enumerate((
         "LoRA on · rank 64 · α 1 · ",
         "LoRA on · rank 64 · α 64 · 100 batches of digit 9 · ",
-        "LoRA on · rank 64 · α 64 · 300 batches of digit 9 · ",
-        "LoRA on · rank 64 · α 64 · 300 batches of digit 9 with 80% others · ",
+        "LoRA on · rank 64 · α 64, strength 1.5 · 100 batches of digit 9 · ",
+        "LoRA on · rank 64 · α 64, strength 1.5 · 300 batches of digit 9 · ",
+        "LoRA on · rank 64 · α 64, strength 1.5 · 300 batches of digit 9 with 80% others · ",
     )):  # fmt: skip
         drag_to_the_end(explorer, number)
         shows(explorer, start)
@@ -189,6 +192,7 @@ def test_the_explorer_by_mouse(explorer):
         press_arrow(explorer.get_by_label(label, exact=True), up=False)
     explorer.get_by_label("batches").select_option("5")
     explorer.get_by_label("others").select_option("0%")
+    explorer.get_by_label("strength").select_option("1.0")
     seed = int(explorer.get_by_label("seed").input_value())
     press_arrow(explorer.get_by_label("seed"), up=True)
     shows(explorer, "LoRA on · rank 63 · α 63.9375 · 5 batches of digit 8 · ")

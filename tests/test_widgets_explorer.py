@@ -90,6 +90,22 @@ def test_scrubbing_through_the_batches_and_the_switch_train_no_more(explorer, tr
     assert explorer.proofs["B = 0 changes nothing"] and set(explorer.result.norms.values()) == {0}
 
 
+def test_the_strength_multiplies_the_update_and_trains_no_more(base, some, explorer, trainings):  # noqa: F811
+    full = explorer.result
+    explorer.sliders["strength"].set_state({"index": explorer.sliders["strength"].options.index(0.5)})
+    half, net = explorer.result, copy.deepcopy(base)
+    with torch.no_grad():
+        for name, (A, B) in full.adapters.items():
+            net.get_submodule(name).weight += 0.5 * full.scale * B @ A
+    assert half.on.wrong_counts == evaluate(net, some.test).wrong_counts != full.on.wrong_counts
+    assert half.norms == pytest.approx({name: norm / 2 for name, norm in full.norms.items()})
+    assert " · α 1, strength 0.5 · " in explorer.summary and all(explorer.proofs.values())
+    explorer.strength = 0.0
+    assert torch.equal(explorer.result.on.predictions, explorer.result.off.predictions)
+    explorer.strength = 1.0
+    assert explorer.result.on.wrong_counts == full.on.wrong_counts and not trainings
+
+
 @pytest.mark.parametrize("name, becomes", [
     ("rank 1, α 1", Setting(seed=2)),
     ("no scaling: α = r", Setting(rank=4, alpha=4, seed=2)),
@@ -127,7 +143,7 @@ def test_a_preset_that_fails_puts_all_controls_back(explorer, monkeypatch, seed,
 def test_a_setting_out_of_range_moves_nothing(explorer):
     with pytest.raises(TraitError):
         explorer.apply(Setting(alpha=2, rank=100))
-    for trait, value in (("rank", 65), ("alpha", 0.01), ("batches", 37), ("digit", 10), ("share", 0.3)):
+    for trait, value in (("rank", 65), ("alpha", 0.01), ("batches", 37), ("digit", 10), ("share", 0.3), ("strength", 0.4)):
         with pytest.raises(TraitError):
             setattr(explorer, trait, value)
     assert explorer.setting == explorer.result.setting == Setting() and explorer.fields["alpha"].value == 1

@@ -15,6 +15,7 @@ from lora_helpers.widgets.explorer_picture import ExplorerPicture, summarise
 from lora_helpers.widgets.panel import Panel, row
 
 SHARES = (0.0, 0.1, 0.2, 0.5, 0.8)
+STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.2, 1.5)
 PRESETS = {  # name: what the present setting becomes, and what that means
     "rank 1, α 1": (lambda now: Setting(seed=now.seed), "all controls as at the start, but for the seed"),
     "no scaling: α = r": (
@@ -33,8 +34,9 @@ class LoRAExplorer(Panel):
 
     Traits to read, set and observe: `rank` (1 to 64), `alpha` (1/16 to 64), `batches` (one of
     `experiments.STOPS`), `digit`, `share` (of other digits among the training images: one of
-    `explorer.SHARES`), `seed`, and `enabled`, the switch. `result` is the `FineTuning` shown, `origin` says
-    where it comes from, `proofs` what was checked, `summary` is a line of text, `status` what went wrong.
+    `explorer.SHARES`), `seed`, `strength` (one of `explorer.STRENGTHS`; ΔW is used this many times), and
+    `enabled`, the switch. `result` is the `FineTuning` shown, `origin` says where it comes from, `proofs` what
+    was checked, `summary` is a line of text, `status` what went wrong.
 
     Raises:
         ValueError: `base` already has LoRA, or is too small for the rank. TraitError: a value out of range.
@@ -46,11 +48,12 @@ class LoRAExplorer(Panel):
     digit = traitlets.Int(9, min=0, max=9)
     share = traitlets.Enum(SHARES, 0.0)
     seed = traitlets.Int(0, min=0, max=9999)
+    strength = traitlets.Enum(STRENGTHS, 1.0)
     enabled = traitlets.Bool(True)
     result = traitlets.Instance(FineTuning, allow_none=True)
     origin = traitlets.Unicode()
     proofs = traitlets.Dict()
-    moves = ("rank", "alpha", "batches", "digit", "share", "seed", "enabled")
+    moves = ("rank", "alpha", "batches", "digit", "share", "seed", "strength", "enabled")
 
     def __init__(self, base: RichBoyNet, mnist: Mnist, **settings):
         for name in settings:
@@ -86,9 +89,10 @@ class LoRAExplorer(Panel):
         controls = [
             self.control("rank", "rank r", "rank r of every adapter: rows of A, columns of B", powers=(0, 6)),
             self.control("alpha", "α", "α: the update is scaled by α/r", powers=(-4, 6)),
-            self.control("digit", "learn digit", "the digit to fine-tune on"),
+            self.control("strength", "strength", "multiplies ΔW, without a new training", options=STRENGTHS),
             self.control("batches", "batches", "of 10 images: go back and forth in time", options=STOPS),
             self.control("share", "others", "how many images show other digits", options=shares),
+            self.control("digit", "learn digit", "the digit to fine-tune on"),
             self.control("seed", "seed", "of A and of the order of the images: is it luck?"),
         ]
         self._proof_row = widgets.HTML()

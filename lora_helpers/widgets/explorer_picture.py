@@ -24,7 +24,7 @@ def summarise(result: FineTuning, enabled: bool, origin: str = "") -> str:
     parts = [
         f"LoRA {'on' if enabled else 'off'}",
         f"rank {s.rank}",
-        f"α {s.alpha:g}",
+        f"α {s.alpha:g}" + (f", strength {s.strength:g}" if s.strength != 1 else ""),
         f"{s.batches} batches of digit {s.digit}" + (f" with {s.share:.0%} others" if s.share else ""),
         f"{s.digit} wrong {_change(*wrong)}",
         f"others wrong {_change(*others)}",
