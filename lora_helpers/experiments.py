@@ -11,12 +11,11 @@ from threading import RLock
 
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from lora_helpers.checks import LARGEST_SEED, all_finite, check_choice, check_positive, check_whole
 from lora_helpers.data import Mnist, as_tensors, check_mnist
-from lora_helpers.fast import Fast, SortedImages
+from lora_helpers.fast import Fast, ImagesToTest
 from lora_helpers.lora import (
     LoRAParametrization,
     add_lora,
@@ -30,7 +29,7 @@ from lora_helpers.lora import (
     remove_lora,
 )
 from lora_helpers.model import RichBoyNet
-from lora_helpers.training import Evaluation, compare, make_optimizer, shuffled_batches
+from lora_helpers.training import Evaluation, compare, make_optimizer, no_autocast, shuffled_batches
 
 # The factor on BA as the rank grows: LoRA's, rsLoRA's, or none. All agree at rank 1.
 RULES = ("α/r", "α/√r", "α")
@@ -231,14 +230,15 @@ class FineTuner:
         self.mnist = mnist
         self._net = copy.deepcopy(base)
         self._copies = {name: p.detach().clone() for name, p in base.named_parameters()}
-        images, labels = (tensor.to(self._copies["linear1.bias"].device) for tensor in as_tensors(mnist.test))
-        self._test = SortedImages(self._net, self._like_the_net(images), labels)
-        self._off = compare(self._test.answers(self._net), as_tensors(mnist.test)[1])
+        images, self._labels = as_tensors(mnist.test)
+        self._lessons = as_tensors(mnist.train)  # checked once
         self._probe = self._like_the_net(images[:: max(1, len(images) // 50)])
-        with torch.no_grad():
-            self._probe_logits = self._net(self._probe)
         self._memory: OrderedDict[Setting, Training] = OrderedDict()
         self._lock = RLock()
+        with self._alone(), torch.no_grad():
+            self._test = ImagesToTest(self._net, self._like_the_net(images.flatten(1)))
+            self._off = compare(self._test.answers(self._net), self._labels)
+            self._probe_logits = self._net(self._probe)
 
     def run(self, setting: Setting, progress: Progress | None = None) -> tuple[FineTuning, str]:
         """The fine-tuning of `setting`, and where the result came from.
@@ -254,7 +254,7 @@ class FineTuner:
         Raises:
             ValueError: the training diverged.
         """
-        with self._lock:
+        with self._alone():
             origin = self._origin(setting, ())
             if origin == "just trained":
                 length = USUAL_LENGTH if setting.batches <= USUAL_LENGTH else max(STOPS[-1], setting.batches)
@@ -276,7 +276,7 @@ class FineTuner:
             stops: numbers of batches after which A and B are kept too, in `FineTuning.earlier`.
             progress: called after each batch of all trainings with the number done and the number to do.
         """
-        with self._lock:
+        with self._alone():
             settings, stops = list(settings), set(stops)
             origins = [self._origin(setting, stops) for setting in settings]
             missing = {
@@ -303,7 +303,7 @@ class FineTuner:
         + 5 if that is more (Halko, Martinsson and Tropp, arXiv 0909.4061, section 1.5), by float32's
         rounding.
         """
-        with self._lock, self._loaded(setting), torch.no_grad():
+        with self._alone(), self._loaded(setting), torch.no_grad():
             generator = torch.Generator().manual_seed(0)
             adapters = adapters_of(self._net).values()
             low_rank = all(_has_rank_at_most(adapter.delta, setting.rank, generator) for adapter in adapters)
@@ -331,11 +331,16 @@ class FineTuner:
         Args:
             images: float32, N×1×28×28, normalised as in `load_mnist`.
         """
-        with self._lock, self._loaded(setting), torch.no_grad():
+        with self._alone(), self._loaded(setting), torch.no_grad():
             on = self._net(self._like_the_net(images)).softmax(dim=1).cpu()
             with lora_disabled(self._net):
                 off = self._net(self._like_the_net(images)).softmax(dim=1).cpu()
         return off, on
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._lock, no_autocast(self._copies["linear1.bias"]):
+            yield
 
     def _like_the_net(self, images: torch.Tensor) -> torch.Tensor:
         return images.to(self._copies["linear1.bias"])
@@ -350,7 +355,7 @@ class FineTuner:
         self, settings: Sequence[Setting], batches: int, stops: set[int], progress: Progress | None
     ) -> None:
         with torch.enable_grad():
-            trainings = train_adapters(self._net, self.mnist.train, settings, batches, stops, progress)
+            trainings = train_adapters(self._net, *self._lessons, settings, batches, stops, progress)
         for setting, training in zip(settings, trainings):
             self._memory[_key(setting)] = training
             self._memory.move_to_end(_key(setting))
@@ -365,9 +370,9 @@ class FineTuner:
         return replace(training.tested[stop], setting=setting)
 
     def _test_of(self, setting: Setting, training: Training) -> FineTuning:
-        labels = as_tensors(self.mnist.test)[1]
+        labels = self._labels
         with self._loaded(setting):
-            # With ΔW = 0 nothing has changed, and rounding in another order must not look as if something had.
+            # With ΔW = 0 nothing has changed, and other rounding must not look as if something had.
             changed = setting.batches and setting.strength
             on = compare(self._test.answers(self._net), labels) if changed else self._off
             counts = count_parameters(self._net)
@@ -446,7 +451,8 @@ def sweep(
 
 def train_adapters(
     base: RichBoyNet,
-    dataset: TensorDataset,
+    images: torch.Tensor,
+    labels: torch.Tensor,
     settings: Sequence[Setting],
     batches: int,
     stops: Iterable[int],
@@ -456,10 +462,10 @@ def train_adapters(
     """Trains one adapter for each of `settings`, side by side, each as if alone; `base` is left alone.
 
     Args:
+        images, labels: to train on, as in `Mnist`; each setting draws its lesson from them.
         batches: how many, of 10 images each. stops: the numbers of batches after which A and B are kept.
         after_batch: looks at the networks after each batch, while they have their gradients.
     """
-    images, labels = as_tensors(dataset)
     images, labels = images.flatten(1).to(base.linear1.bias), labels.to(base.linear1.bias.device)
     nets = [setting.add_to(frozen_twin(base)) for setting in settings]
     places = [lesson_places(labels, setting) for setting in settings]
@@ -470,9 +476,9 @@ def train_adapters(
     optimizers = [make_optimizer(OPTIMIZERS[name], group, lr) for (name, lr), group in groups.items()]
     fast, losses = Fast(nets), torch.zeros(batches, len(nets), dtype=torch.float32, device=images.device)
     trainings = [Training({0: copied_adapters(net)} if 0 in stops else {}, [], {}) for net in nets]
-    for batch in range(batches):
-        chosen = torch.stack([own[next(order)] for own, order in zip(places, orders)])  # n × 10
-        losses[batch] = fast.backpropagate(images[chosen], labels[chosen])
+    chosen = (torch.stack([own[next(o)] for own, o in zip(places, orders)]) for _ in range(batches))  # n × 10
+    for batch, (x, y, products) in enumerate(fast.batches(images, labels, chosen)):
+        losses[batch] = fast.backpropagate(x, y, products)
         for optimizer in optimizers:
             optimizer.step()
         if after_batch:

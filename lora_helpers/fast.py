@@ -9,9 +9,10 @@ s·(x Aᵀ) Bᵀ:
        ∂L/∂B = Dᵀ s(x Aᵀ)      ∂L/∂A = (s·D B)ᵀ x      ∂L/∂x = D W + (s·D B) A
        ∂L/∂W = Dᵀ x            ∂L/∂b = the sum of D over the images
 
-3. Most hidden units are silent: behind a ReLU they are zero for every image of a batch. They add nothing to
-   z, and the ReLU lets no gradient through to them, so they are left out of the products with the frozen
-   weight.
+3. Most hidden units are silent: behind a ReLU they are zero. They add nothing to z, and the ReLU lets no
+   gradient through to them. In training, the units that are silent for a whole batch are left out. In a
+   test, x Wᵀ of an image is the sum of the rows of Wᵀ whose units are awake: of the first hidden layer, one
+   in thirty.
 
 Several copies of one frozen base, each with an adapter of its own, share the products with the frozen
 weights.
@@ -20,7 +21,8 @@ Source: Goodfellow, Bengio and Courville, Deep Learning (2016), section 6.5; Hu 
 equation (3).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import nn
@@ -29,9 +31,10 @@ from torch.nn import functional as F
 from lora_helpers.lora import LoRAParametrization, lora_layers, original_weight
 from lora_helpers.model import LAYERS, RichBoyNet
 
-# At least this share of the units must be silent. Below it, picking the others costs more than it saves.
-SILENT = 0.5
+# More units awake than this: the plain product is quicker. Of a batch's units, and of all values in a test.
+AWAKE_IN_BATCH, AWAKE_IN_TEST = 0.5, 0.1
 PART = 500  # test images computed together
+AHEAD = 20  # batches whose first products are made in one go, which costs less than batch by batch
 
 
 class Fast:
@@ -49,12 +52,26 @@ class Fast:
         first = self.layers[0]
         return None if first.weight.requires_grad else F.linear(images, first.weight, first.bias)
 
+    def batches(
+        self, images: torch.Tensor, labels: torch.Tensor, chosen: Iterator[torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Images, labels and first products, n × N × …, of each batch `chosen`, n × N places."""
+        while ahead := list(islice(chosen, max(1, AHEAD // self.layers[0].copies))):
+            sizes, places = [batch.shape[1] for batch in ahead], torch.cat(ahead, dim=1).to(images.device)
+            x, y = images[places], labels[places]
+            products = self.first_products(x)
+            parts = [None] * len(ahead) if products is None else products.split(sizes, dim=1)
+            yield from zip(x.split(sizes, dim=1), y.split(sizes, dim=1), parts)
+
     @torch.no_grad()
     def logits(self, images: torch.Tensor, products: torch.Tensor | None = None) -> torch.Tensor:
         """n × N × 10 logits for n × N × 784 images (and their first products, n × N × hidden_size_1)."""
+        return self._forward(images, products, training=False)
+
+    def _forward(self, images, products, training: bool) -> torch.Tensor:
         first, second, third = self.layers
         self.hidden_1 = first.forward(images, products).relu_()  # n × N × hidden_size_1
-        self.hidden_2 = second.forward(self.hidden_1).relu_()  # n × N × hidden_size_2
+        self.hidden_2 = second.forward(self.hidden_1, training=training).relu_()  # n × N × hidden_size_2
         return third.forward(self.hidden_2)
 
     @torch.no_grad()
@@ -64,7 +81,9 @@ class Fast:
         """The n losses for n × N × 784 images and n × N labels. Every trainable parameter gets its
         `.grad`."""
         first, second, third = self.layers
-        log_probabilities = F.log_softmax(self.logits(images, products), dim=-1)  # n × N × 10
+        log_probabilities = F.log_softmax(
+            self._forward(images, products, training=True), dim=-1
+        )  # n × N × 10
         label = labels.unsqueeze(-1)  # n × N × 1
         losses = -log_probabilities.gather(-1, label).mean(dim=(1, 2))  # n
         D = log_probabilities.exp()  # softmax(z) − one-hot label, divided by the number of images: ∂L/∂z₃
@@ -80,7 +99,7 @@ class _Layer:
 
     def __init__(self, copies: Sequence[nn.Linear]):
         self.weight, self.bias = original_weight(copies[0]), copies[0].bias
-        self.adapters = [adapter_in_use(layer) for layer in copies]
+        self.adapters, self.copies = [adapter_in_use(layer) for layer in copies], len(copies)
         self.skips_silent, self.by_input = False, None
 
     def after_relu(self) -> None:
@@ -90,10 +109,14 @@ class _Layer:
         if self.skips_silent and not self.weight.requires_grad:
             self.by_input = self.weight.detach().T.contiguous()  # in × out
 
-    def forward(self, x: torch.Tensor, products: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, products: torch.Tensor | None = None, training=True) -> torch.Tensor:
         """z, n × N × out, from x, n × N × in, or from its frozen products x Wᵀ + b."""
-        self.x = x
-        z = self._frozen(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if products is None else products.clone()
+        self.x, self.awake = x, None
+        if products is not None:
+            z = products.clone()
+        else:
+            frozen = self._batch if training else self._test
+            z = frozen(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         self.inner = [
             None if a is None else a.scale * (rows @ a.lora_A.T) for a, rows in zip(self.adapters, x)
         ]
@@ -125,11 +148,19 @@ class _Layer:
                 rows.addmm_(thin, adapter.lora_A)
         return gradient
 
-    def _frozen(self, x: torch.Tensor) -> torch.Tensor:
-        self.awake = None
+    def _test(self, x: torch.Tensor) -> torch.Tensor:
+        image, unit = x.nonzero(as_tuple=True) if self.skips_silent else ((), ())
+        if not self.skips_silent or len(unit) > AWAKE_IN_TEST * x.numel():
+            return F.linear(x, self.weight, self.bias)
+        counts = image.bincount(minlength=len(x))  # of each image, its units awake
+        starts, values = counts.cumsum(0) - counts, x[image, unit]
+        rows = self.weight.detach().T.contiguous() if self.by_input is None else self.by_input  # in × out
+        return F.embedding_bag(unit, rows, starts, mode="sum", per_sample_weights=values).add_(self.bias)
+
+    def _batch(self, x: torch.Tensor) -> torch.Tensor:
         if self.skips_silent:
             awake = x.sum(dim=0).nonzero().flatten()  # after a ReLU nothing is negative, so nothing cancels
-            if len(awake) <= (1 - SILENT) * x.shape[1]:
+            if len(awake) <= AWAKE_IN_BATCH * x.shape[1]:
                 self.awake = awake
                 self.picked = (  # awake × out
                     self.weight.detach().index_select(1, awake).T
@@ -146,30 +177,23 @@ class _Layer:
         return gradient.index_copy_(1, self.awake, D @ self.picked.T)
 
 
-class SortedImages:
-    """Images to test, prepared once for every adapter on one base: sorted by digit, with the first layer's
-    products.
+class ImagesToTest:
+    """Images to test, with the first layer's products, made once for every adapter on one base.
 
-    Images of one digit leave the same hidden units silent, so they are computed together.
+    Args:
+        images: N × 784.
     """
 
-    def __init__(self, net: RichBoyNet, images: torch.Tensor, labels: torch.Tensor):
-        self.order = labels.argsort(stable=True)
-        x = images.flatten(1)[self.order]
-        counts = torch.bincount(labels).tolist()
-        self.parts = [
-            part for of_one_digit in x.split(counts) for part in of_one_digit.split(PART) if len(part)
-        ]
+    def __init__(self, net: RichBoyNet, images: torch.Tensor):
+        self.parts = images.split(PART)
         weight, bias = original_weight(net.linear1).detach(), net.linear1.bias.detach()
         self.products = [F.linear(part, weight, bias) for part in self.parts]
 
     def answers(self, net: RichBoyNet) -> torch.Tensor:
-        """The answers of `net`, int64, N, in the images' own order. Its first layer's weight must be as it
-        was."""
+        """The answers of `net`, int64, N. Its first layer's weight must be as it was."""
         fast = Fast([net])
         pairs = zip(self.parts, self.products)
-        answers = torch.cat([fast.logits(x[None], product[None])[0].argmax(dim=1) for x, product in pairs])
-        return torch.empty_like(answers).index_copy_(0, self.order, answers)
+        return torch.cat([fast.logits(x[None], product[None])[0].argmax(dim=1) for x, product in pairs])
 
 
 def adapter_in_use(layer: nn.Linear) -> LoRAParametrization | None:

@@ -29,7 +29,7 @@ from lora_helpers.experiments import (
 from lora_helpers.fast import Fast
 from lora_helpers.lora import add_lora, count_parameters, freeze_base, frozen_twin
 from lora_helpers.model import LAYERS, RichBoyNet
-from lora_helpers.training import evaluate, train
+from lora_helpers.training import evaluate, no_autocast, train
 
 # ---------------------------------------------------------------- ranks and exponents
 
@@ -348,8 +348,10 @@ def learning_curves(
         bar.update()
 
     everything = [replace(setting, digit=None) for setting in settings]
-    with tqdm(total=batches, disable=not progress, unit="batch") as bar:
-        trainings = train_adapters(base, mnist.train, everything, batches, {batches}, after_batch=look)
+    with no_autocast(base.linear1.bias), tqdm(total=batches, disable=not progress, unit="batch") as bar:
+        trainings = train_adapters(
+            base, *as_tensors(mnist.train), everything, batches, {batches}, after_batch=look
+        )
     curves = []
     for setting, training, own in zip(everything, trainings, zip(*gradients)):
         net = start_lora(base, setting)

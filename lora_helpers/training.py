@@ -17,9 +17,7 @@ from tqdm.auto import tqdm
 
 from lora_helpers.checks import LARGEST_SEED, check_network, check_positive, check_whole
 from lora_helpers.data import as_tensors
-from lora_helpers.fast import Fast, SortedImages, is_plain, is_trainable_plain
-
-AHEAD = 20  # batches whose first products are made in one go, which costs less than batch by batch
+from lora_helpers.fast import Fast, ImagesToTest, is_plain, is_trainable_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +114,7 @@ def train(
     order = islice(shuffled_batches(len(labels), batch_size, seed), steps)
     losses, total = [], torch.zeros((), dtype=torch.float32, device=images.device)
     bar = tqdm(total=steps, disable=not progress, unit="batch")
-    with _mode(net, training=True), _no_autocast(images), bar:
+    with _mode(net, training=True), no_autocast(images), bar:
         try:
             for done, loss in enumerate(_losses(net, images, labels, order, optimizer), start=1):
                 losses.append(loss)
@@ -155,9 +153,9 @@ def evaluate(net: nn.Module, dataset: TensorDataset) -> Evaluation:
     check_network(net)
     images, labels = as_tensors(dataset)
     weight = next(net.parameters(), images)  # a network without parameters takes the images as they are
-    with _mode(net, training=False), torch.no_grad(), _no_autocast(weight):
+    with _mode(net, training=False), torch.no_grad(), no_autocast(weight):
         if is_plain(net):
-            answers = SortedImages(net, images.to(weight), labels.to(weight.device)).answers(net)
+            answers = ImagesToTest(net, images.flatten(1).to(weight)).answers(net)
         else:
             answers = torch.cat([_logits(net, part.to(weight)).argmax(dim=1) for part in images.split(500)])
     return compare(answers, labels)
@@ -241,7 +239,11 @@ def shuffled_batches(size: int, batch_size: int, seed: int | None) -> Iterator[t
 def _losses(net, images, labels, order, optimizer) -> Iterator[torch.Tensor]:
     """Makes one step for each batch of `order`, and gives its loss."""
     if is_trainable_plain(net):
-        yield from _fast_losses(net, images.flatten(1), labels, order, optimizer)
+        fast = Fast([net])
+        for x, y, products in fast.batches(images.flatten(1), labels, (batch[None] for batch in order)):
+            loss = fast.backpropagate(x, y, products)[0]
+            optimizer.step()
+            yield loss
         return
     for batch in order:
         optimizer.zero_grad()
@@ -257,19 +259,6 @@ def _losses(net, images, labels, order, optimizer) -> Iterator[torch.Tensor]:
         yield loss.detach()
 
 
-def _fast_losses(net, images, labels, order, optimizer) -> Iterator[torch.Tensor]:
-    fast = Fast([net])
-    while ahead := list(islice(order, AHEAD)):
-        sizes, chosen = [len(batch) for batch in ahead], torch.cat(ahead).to(images.device)
-        x, y = images[chosen], labels[chosen]  # AHEAD·N × 784, AHEAD·N
-        products = fast.first_products(x)  # AHEAD·N × hidden_size_1, or None
-        parts = [None] * len(ahead) if products is None else products[None].split(sizes, dim=1)
-        for batch, digits, part in zip(x[None].split(sizes, dim=1), y[None].split(sizes, dim=1), parts):
-            loss = fast.backpropagate(batch, digits, part)[0]
-            optimizer.step()
-            yield loss
-
-
 @contextmanager
 def _mode(net: nn.Module, training: bool) -> Iterator[None]:
     before = [(module, module.training) for module in net.modules()]
@@ -281,8 +270,8 @@ def _mode(net: nn.Module, training: bool) -> Iterator[None]:
             module.training = was_training
 
 
-def _no_autocast(tensor: torch.Tensor):
-    # Figures must not depend on a torch.autocast block around the call.
+def no_autocast(tensor: torch.Tensor) -> torch.autocast:
+    """Within it a torch.autocast block further out has no effect: figures must not depend on it."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 

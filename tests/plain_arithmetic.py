@@ -16,6 +16,10 @@ class PlainNets:
     def __init__(self, nets):
         self.nets = nets
 
+    def batches(self, images, labels, chosen):
+        for places in chosen:
+            yield images[places], labels[places], None
+
     def backpropagate(self, images, labels, products=None):
         losses = []
         with torch.enable_grad():
@@ -28,9 +32,9 @@ class PlainNets:
 
 
 class PlainImages:
-    """What `SortedImages` does, image after image in their own order."""
+    """What `ImagesToTest` does, by the network itself."""
 
-    def __init__(self, net, images, labels):
+    def __init__(self, net, images):
         self.images = images
 
     def answers(self, net):
@@ -42,7 +46,7 @@ def use_autograd(double=False):
     """From now on nothing is written out; with `double`, the stored base and all that is made of it is
     float64."""
     training.is_plain = training.is_trainable_plain = lambda net: False
-    experiments.Fast, experiments.SortedImages = PlainNets, PlainImages
+    experiments.Fast, experiments.ImagesToTest = PlainNets, PlainImages
     if double:
         read = model.pretrained_base
         model.pretrained_base = lambda *args: read(*args).double()

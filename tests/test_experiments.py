@@ -248,7 +248,7 @@ def test_counts_do_not_depend_on_threads_or_rounding(base, mnist, change, monkey
         torch.set_num_threads(2)
     else:
         for module in (plain_arithmetic.training, plain_arithmetic.experiments):
-            for name in ("is_plain", "is_trainable_plain", "Fast", "SortedImages"):
+            for name in ("is_plain", "is_trainable_plain", "Fast", "ImagesToTest"):
                 if hasattr(module, name):
                     monkeypatch.setattr(
                         module, name, getattr(module, name)

@@ -20,7 +20,7 @@ from lora_helpers import (
     use_adapter,
 )
 from lora_helpers.data import TensorDataset
-from lora_helpers.fast import Fast, SortedImages, is_plain, is_trainable_plain
+from lora_helpers.fast import Fast, ImagesToTest, is_plain, is_trainable_plain
 from lora_helpers.lora import frozen_twin
 
 DRAW = torch.Generator().manual_seed(0)
@@ -90,14 +90,14 @@ def test_whichever_units_are_silent(small, shift):
 
 def test_on_the_stored_base_units_are_left_out(base, mnist):
     fast = Fast([base])
-    fast.logits(mnist.test.tensors[0][:10].flatten(1)[None])
+    fast.backpropagate(mnist.test.tensors[0][:10].flatten(1)[None], mnist.test.tensors[1][:10][None])
     assert 0 < len(fast.layers[1].awake) < 500  # of 1000
 
 
 def test_answers_are_those_of_the_network_in_the_images_own_order(base, mnist):
     net = stir(add_lora(base, rank=4))
     images, labels = mnist.test.tensors[0][:1500], mnist.test.tensors[1][:1500]
-    shared = SortedImages(base, images, labels)
+    shared = ImagesToTest(base, images.flatten(1))
     for enabled in (True, False):
         set_lora_enabled(net, enabled)
         with torch.no_grad():

@@ -143,7 +143,14 @@ def test_a_preset_that_fails_puts_all_controls_back(explorer, monkeypatch, seed,
 def test_a_setting_out_of_range_moves_nothing(explorer):
     with pytest.raises(TraitError):
         explorer.apply(Setting(alpha=2, rank=100))
-    for trait, value in (("rank", 65), ("alpha", 0.01), ("batches", 37), ("digit", 10), ("share", 0.3), ("strength", 0.4)):
+    for trait, value in (
+        ("rank", 65),
+        ("alpha", 0.01),
+        ("batches", 37),
+        ("digit", 10),
+        ("share", 0.3),
+        ("strength", 0.4),
+    ):
         with pytest.raises(TraitError):
             setattr(explorer, trait, value)
     assert explorer.setting == explorer.result.setting == Setting() and explorer.fields["alpha"].value == 1

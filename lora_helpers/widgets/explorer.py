@@ -35,8 +35,8 @@ class LoRAExplorer(Panel):
     Traits to read, set and observe: `rank` (1 to 64), `alpha` (1/16 to 64), `batches` (one of
     `experiments.STOPS`), `digit`, `share` (of other digits among the training images: one of
     `explorer.SHARES`), `seed`, `strength` (one of `explorer.STRENGTHS`; ΔW is used this many times), and
-    `enabled`, the switch. `result` is the `FineTuning` shown, `origin` says where it comes from, `proofs` what
-    was checked, `summary` is a line of text, `status` what went wrong.
+    `enabled`, the switch. `result` is the `FineTuning` shown, `origin` says where it comes from, `proofs`
+    what was checked, `summary` is a line of text, `status` what went wrong.
 
     Raises:
         ValueError: `base` already has LoRA, or is too small for the rank. TraitError: a value out of range.
