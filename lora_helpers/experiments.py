@@ -108,13 +108,14 @@ class Setting:
         return self.alpha * self.rank if self.rule == "α" else self.alpha
 
     def add_to(self, net: nn.Module) -> nn.Module:
-        """Adds this adapter, untrained, to `net` and freezes the base. The global random stream is left
-        alone."""
+        """Adds this adapter, untrained and at strength 1, to `net` and freezes the base.
+
+        The global random stream is left alone.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         add_lora(net, self.rank, self._alpha, generator=generator, rank_stabilised=self.rule == "α/√r")
-        if (
-            self.start == "kaiming"
-        ):  # uniform within ±1/√in_features, so its standard deviation is 1/√(3·in_features)
+        if self.start == "kaiming":
+            # Uniform within ±1/√in_features, so its standard deviation is 1/√(3·in_features).
             for adapter in adapters_of(net).values():
                 drawn = torch.empty(adapter.lora_A.shape, device="cpu")
                 nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
@@ -255,7 +256,7 @@ class FineTuner:
             ValueError: the training diverged.
         """
         with self._alone():
-            origin = self._origin(setting, ())
+            origin = self._origin(setting)
             if origin == "just trained":
                 length = USUAL_LENGTH if setting.batches <= USUAL_LENGTH else max(STOPS[-1], setting.batches)
                 self._train([setting], length, {*STOPS, setting.batches}, progress)
@@ -345,11 +346,16 @@ class FineTuner:
     def _like_the_net(self, images: torch.Tensor) -> torch.Tensor:
         return images.to(self._copies["linear1.bias"])
 
-    def _origin(self, setting: Setting, stops: Iterable[int]) -> str:
+    def _remembers(self, setting: Setting, stops: Iterable[int] = ()) -> bool:
         training = self._memory.get(_key(setting))
-        if training is None or not {setting.batches, *stops} <= training.stops.keys():
+        return training is not None and {setting.batches, *stops} <= training.stops.keys()
+
+    def _origin(self, setting: Setting, stops: Iterable[int] = ()) -> str:
+        """Where the result of `setting` will come from."""
+        if not self._remembers(setting, stops):
             return "just trained"
-        return "remembered" if (setting.batches, setting.strength) in training.tested else "just tested"
+        tested = self._memory[_key(setting)].tested
+        return "remembered" if (setting.batches, setting.strength) in tested else "just tested"
 
     def _train(
         self, settings: Sequence[Setting], batches: int, stops: set[int], progress: Progress | None
@@ -393,14 +399,14 @@ class FineTuner:
     @contextmanager
     def _loaded(self, setting: Setting) -> Iterator[None]:
         """Within it the network wears the adapters of `setting`; afterwards it is the plain base again."""
-        if self._origin(setting, ()) == "just trained":  # memory has let go of it
+        if not self._remembers(setting):  # memory has let go of it
             self.run(setting)
         pairs = self._memory[_key(setting)].stops[setting.batches]
         setting.add_to(self._net)
         try:
             set_adapters(self._net, pairs)
             for adapter in adapters_of(self._net).values():
-                adapter.alpha *= setting.strength
+                adapter.alpha *= setting.strength  # so the adapter's scale is the setting's
             yield
         finally:
             remove_lora(self._net)
@@ -476,8 +482,12 @@ def train_adapters(
     optimizers = [make_optimizer(OPTIMIZERS[name], group, lr) for (name, lr), group in groups.items()]
     fast, losses = Fast(nets), torch.zeros(batches, len(nets), dtype=torch.float32, device=images.device)
     trainings = [Training({0: copied_adapters(net)} if 0 in stops else {}, [], {}) for net in nets]
-    chosen = (torch.stack([own[next(o)] for own, o in zip(places, orders)]) for _ in range(batches))  # n × 10
-    for batch, (x, y, products) in enumerate(fast.batches(images, labels, chosen)):
+
+    def drawn() -> Iterator[torch.Tensor]:
+        for _ in range(batches):
+            yield torch.stack([own[next(order)] for own, order in zip(places, orders)])  # n × 10
+
+    for batch, (x, y, products) in enumerate(fast.batches(images, labels, drawn())):
         losses[batch] = fast.backpropagate(x, y, products)
         for optimizer in optimizers:
             optimizer.step()
@@ -505,8 +515,8 @@ def lesson_places(labels: torch.Tensor, setting: Setting) -> torch.Tensor:
     """
     if setting.digit is None:
         return torch.arange(len(labels), device=labels.device)
-    own, others = ((labels == setting.digit) == wanted for wanted in (True, False))
-    own, others = own.nonzero().flatten(), others.nonzero().flatten()
+    is_own = labels == setting.digit
+    own, others = is_own.nonzero().flatten(), (~is_own).nonzero().flatten()
     wanted = round(len(own) * setting.share / (1 - setting.share))
     if not len(own) or wanted > len(others):
         raise ValueError(

@@ -21,12 +21,13 @@ Source: Goodfellow, Bengio and Courville, Deep Learning (2016), section 6.5; Hu 
 equation (3).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from lora_helpers.lora import LoRAParametrization, lora_layers, original_weight
 from lora_helpers.model import LAYERS, RichBoyNet
@@ -45,12 +46,11 @@ class Fast:
 
     def __init__(self, nets: Sequence[RichBoyNet]):
         self.layers = [_Layer([net.get_submodule(name) for net in nets]) for name in LAYERS]
-        self.layers[1].after_relu()
 
     def first_products(self, images: torch.Tensor) -> torch.Tensor | None:
         """x W₁ᵀ + b₁, … × hidden_size_1, of images, … × 784. None if W₁ is trained, for then it changes."""
         first = self.layers[0]
-        return None if first.weight.requires_grad else F.linear(images, first.weight, first.bias)
+        return None if first.weight.requires_grad else first.products(images)
 
     def batches(
         self, images: torch.Tensor, labels: torch.Tensor, chosen: Iterator[torch.Tensor]
@@ -66,13 +66,16 @@ class Fast:
     @torch.no_grad()
     def logits(self, images: torch.Tensor, products: torch.Tensor | None = None) -> torch.Tensor:
         """n × N × 10 logits for n × N × 784 images (and their first products, n × N × hidden_size_1)."""
-        return self._forward(images, products, training=False)
+        return self._forward(images, products, self.layers[1].sum_of_rows)
 
-    def _forward(self, images, products, training: bool) -> torch.Tensor:
+    def _forward(self, images, products, second_products: Callable) -> torch.Tensor:
         first, second, third = self.layers
+        products = first.products(images) if products is None else products.clone()
         self.hidden_1 = first.forward(images, products).relu_()  # n × N × hidden_size_1
-        self.hidden_2 = second.forward(self.hidden_1, training=training).relu_()  # n × N × hidden_size_2
-        return third.forward(self.hidden_2)
+        self.hidden_2 = second.forward(
+            self.hidden_1, second_products(self.hidden_1)
+        ).relu_()  # … × hidden_size_2
+        return third.forward(self.hidden_2, third.products(self.hidden_2))
 
     @torch.no_grad()
     def backpropagate(
@@ -81,9 +84,8 @@ class Fast:
         """The n losses for n × N × 784 images and n × N labels. Every trainable parameter gets its
         `.grad`."""
         first, second, third = self.layers
-        log_probabilities = F.log_softmax(
-            self._forward(images, products, training=True), dim=-1
-        )  # n × N × 10
+        logits = self._forward(images, products, second.products_without_silent)
+        log_probabilities = F.log_softmax(logits, dim=-1)  # n × N × 10
         label = labels.unsqueeze(-1)  # n × N × 1
         losses = -log_probabilities.gather(-1, label).mean(dim=(1, 2))  # n
         D = log_probabilities.exp()  # softmax(z) − one-hot label, divided by the number of images: ∂L/∂z₃
@@ -100,23 +102,45 @@ class _Layer:
     def __init__(self, copies: Sequence[nn.Linear]):
         self.weight, self.bias = original_weight(copies[0]), copies[0].bias
         self.adapters, self.copies = [adapter_in_use(layer) for layer in copies], len(copies)
-        self.skips_silent, self.by_input = False, None
+        self.on_cpu = self.weight.device.type == "cpu"  # elsewhere the plain products are quicker
+        self.rows = None  # Wᵀ, in × out, laid out so that some of its rows can be picked quickly
+        self.awake = self.picked = None  # kept from forward to backward: units awake, and their rows of Wᵀ
 
-    def after_relu(self) -> None:
-        """The inputs come from a ReLU, so silent ones are left out. A frozen weight is laid out so that
-        this is quick."""
-        self.skips_silent = self.weight.device.type == "cpu"
-        if self.skips_silent and not self.weight.requires_grad:
-            self.by_input = self.weight.detach().T.contiguous()  # in × out
+    def products(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ + b, n × N × out."""
+        return F.linear(x, self.weight, self.bias)
 
-    def forward(self, x: torch.Tensor, products: torch.Tensor | None = None, training=True) -> torch.Tensor:
-        """z, n × N × out, from x, n × N × in, or from its frozen products x Wᵀ + b."""
-        self.x, self.awake = x, None
-        if products is not None:
-            z = products.clone()
+    def products_without_silent(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for x after a ReLU, in training: units that are silent for all images are left out."""
+        self.awake = None
+        awake = x.sum(dim=(0, 1)).nonzero().flatten()  # after a ReLU nothing is negative: nothing cancels
+        if not self.on_cpu or len(awake) > AWAKE_IN_BATCH * x.shape[-1]:
+            return self.products(x)
+        self.awake = awake
+        if self.weight.requires_grad:  # it changes at every step
+            self.picked = self.weight.detach().index_select(1, awake).T  # awake × out
         else:
-            frozen = self._batch if training else self._test
-            z = frozen(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            self.picked = self._rows().index_select(0, awake)
+        return (x.index_select(-1, awake) @ self.picked).add_(self.bias)
+
+    def sum_of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for x after a ReLU, in a test: for each image the rows of Wᵀ that are awake, times x."""
+        image, unit = x.flatten(0, 1).nonzero(as_tuple=True)
+        if not self.on_cpu or len(unit) > AWAKE_IN_TEST * x.numel():
+            return self.products(x)
+        counts = image.bincount(minlength=x.shape[0] * x.shape[1])  # of each image, its units awake
+        starts, values = counts.cumsum(0) - counts, x.flatten(0, 1)[image, unit]
+        sums = F.embedding_bag(unit, self._rows(), starts, mode="sum", per_sample_weights=values)
+        return sums.add_(self.bias).unflatten(0, x.shape[:2])
+
+    def _rows(self) -> torch.Tensor:
+        if self.rows is None:
+            self.rows = self.weight.detach().T.contiguous()
+        return self.rows
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """z, n × N × out: adds to the frozen products z what the adapters make of x, n × N × in."""
+        self.x = x
         self.inner = [
             None if a is None else a.scale * (rows @ a.lora_A.T) for a, rows in zip(self.adapters, x)
         ]
@@ -148,28 +172,6 @@ class _Layer:
                 rows.addmm_(thin, adapter.lora_A)
         return gradient
 
-    def _test(self, x: torch.Tensor) -> torch.Tensor:
-        image, unit = x.nonzero(as_tuple=True) if self.skips_silent else ((), ())
-        if not self.skips_silent or len(unit) > AWAKE_IN_TEST * x.numel():
-            return F.linear(x, self.weight, self.bias)
-        counts = image.bincount(minlength=len(x))  # of each image, its units awake
-        starts, values = counts.cumsum(0) - counts, x[image, unit]
-        rows = self.weight.detach().T.contiguous() if self.by_input is None else self.by_input  # in × out
-        return F.embedding_bag(unit, rows, starts, mode="sum", per_sample_weights=values).add_(self.bias)
-
-    def _batch(self, x: torch.Tensor) -> torch.Tensor:
-        if self.skips_silent:
-            awake = x.sum(dim=0).nonzero().flatten()  # after a ReLU nothing is negative, so nothing cancels
-            if len(awake) <= AWAKE_IN_BATCH * x.shape[1]:
-                self.awake = awake
-                self.picked = (  # awake × out
-                    self.weight.detach().index_select(1, awake).T
-                    if self.by_input is None
-                    else self.by_input.index_select(0, awake)
-                )
-                return torch.addmm(self.bias, x.index_select(1, awake), self.picked)
-        return F.linear(x, self.weight, self.bias)
-
     def _frozen_backward(self, D: torch.Tensor) -> torch.Tensor:
         if self.awake is None:
             return D @ self.weight
@@ -198,8 +200,9 @@ class ImagesToTest:
 
 def adapter_in_use(layer: nn.Linear) -> LoRAParametrization | None:
     """The adapter that the layer's weight is computed with now, or None."""
-    stack = getattr(layer, "parametrizations", {"weight": ()})["weight"]
-    return next((adapter for adapter in stack if adapter.applied), None)
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    return next((adapter for adapter in layer.parametrizations.weight if adapter.applied), None)
 
 
 def is_plain(net: nn.Module) -> bool:

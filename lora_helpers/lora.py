@@ -37,6 +37,9 @@ class LoRAParametrization(nn.Module):
         name: tells several adapters on one base apart.
         rank_stabilised: scales by alpha / √rank instead, as rsLoRA does.
 
+    Of the scale only rank, alpha and rank_stabilised are kept; files, switches and the quick arithmetic read
+    those. For a scale s of your own, pass alpha = s · rank.
+
     A state dict holds A and B only. A file of `save_adapter` also holds alpha and the rest.
 
     Raises:

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stirred import stir
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -25,15 +26,6 @@ SETTINGS = [(1, 1, ALL, False), (4, 16, ["linear2"], False), (8, 2.5, ["linear1"
 def base():
     torch.manual_seed(0)
     return RichBoyNet(30, 40)
-
-
-def stir(net):
-    """As if trained: B is not zero."""
-    with torch.no_grad():
-        for adapters in lora_layers(net).values():
-            for adapter in adapters:
-                adapter.lora_B.normal_(std=0.1)
-    return net
 
 
 @pytest.fixture

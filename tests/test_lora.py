@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from stirred import stir
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -32,16 +33,6 @@ SIDES = 784 + 30 + 30 + 40 + 40 + 10  # of the three weights of `net`: rank 1 co
 def net():
     torch.manual_seed(0)
     return RichBoyNet(30, 40)
-
-
-def stir(net, name="default"):
-    """As if the adapter `name` were trained: its B is not zero."""
-    with torch.no_grad():
-        for adapters in lora_layers(net).values():
-            for adapter in adapters:
-                if adapter.name == name:
-                    adapter.lora_B.normal_(std=0.1)
-    return net
 
 
 def same_bits(net, state):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from stirred import stir
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import TensorDataset
@@ -68,14 +69,6 @@ def adapted(draw):
         "rank_stabilised": draw(st.booleans()),
     }
     return stir(add_lora(copy.deepcopy(base), **how)), base, how
-
-
-def stir(net):
-    """As if trained: the B of the newest adapter is not zero."""
-    with torch.no_grad():
-        for adapters in lora_layers(net).values():
-            adapters[-1].lora_B.normal_(std=0.1)
-    return net
 
 
 def inputs_for(net):

@@ -34,9 +34,9 @@ def trainings(monkeypatch):
     """The settings that are trained."""
     seen, real = [], lora_helpers.experiments.train_adapters
 
-    def counted(base, dataset, settings, *args, **kwargs):
+    def counted(base, images, labels, settings, *args, **kwargs):
         seen.extend(settings)
-        return real(base, dataset, settings, *args, **kwargs)
+        return real(base, images, labels, settings, *args, **kwargs)
 
     monkeypatch.setattr(lora_helpers.experiments, "train_adapters", counted)
     return seen

@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import normalize, pil_to_tensor, resiz
 
 from lora_helpers.data import MEAN, STD, as_tensors
 from lora_helpers.widgets.explorer import LoRAExplorer
+from lora_helpers.widgets.explorer_picture import alpha_of
 from lora_helpers.widgets.panel import Panel, row
 from lora_helpers.widgets.pictures import LivePicture
 
@@ -168,7 +169,7 @@ class DigitPad(Panel):
             what = "your drawing" if index is None else f"test image {index}, a {self._labels[index]}"
             text = f"{what} · the base says {_answer(base)} · now {_answer(adapted)}"
         switch = "LoRA on" if enabled else "LoRA off"
-        summary = f"{switch} · rank {setting.rank} · α {setting.alpha:g} · {text}"
+        summary = f"{switch} · rank {setting.rank} · {alpha_of(setting)} · {text}"
         attributes = {"image": image, "base": base, "adapted": adapted}
         return partial(self._picture.update, image, base, adapted, switch), summary, attributes
 

@@ -16,7 +16,8 @@ from lora_helpers.widgets.panel import Panel, row
 
 SHARES = (0.0, 0.1, 0.2, 0.5, 0.8)
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.2, 1.5)
-PRESETS = {  # name: what the present setting becomes, and what that means
+# Name: what the present setting becomes, and what that means. A preset may set what has a control below.
+PRESETS = {
     "rank 1, α 1": (lambda now: Setting(seed=now.seed), "all controls as at the start, but for the seed"),
     "no scaling: α = r": (
         lambda now: replace(now, alpha=float(now.rank)),
@@ -53,7 +54,8 @@ class LoRAExplorer(Panel):
     result = traitlets.Instance(FineTuning, allow_none=True)
     origin = traitlets.Unicode()
     proofs = traitlets.Dict()
-    moves = ("rank", "alpha", "batches", "digit", "share", "seed", "strength", "enabled")
+    settings = ("rank", "alpha", "batches", "digit", "share", "seed", "strength")  # of `Setting`
+    moves = (*settings, "enabled")
 
     def __init__(self, base: RichBoyNet, mnist: Mnist, **settings):
         for name in settings:
@@ -66,11 +68,11 @@ class LoRAExplorer(Panel):
     @property
     def setting(self) -> Setting:
         """What the controls stand at."""
-        return Setting(**dict(zip(self.moves[:-1], self.state())))
+        return Setting(**{name: getattr(self, name) for name in self.settings})
 
     def apply(self, setting: Setting, **more) -> None:
         """Moves all controls at once, with at most one training; `more` may hold `enabled`."""
-        self.move({name: getattr(setting, name) for name in self.moves[:-1]} | more)
+        self.move({name: getattr(setting, name) for name in self.settings} | more)
 
     def attach(self, follower: Callable) -> None:
         """Calls `follower(change)` after every move, in place of one left by an earlier run of the cell."""
@@ -99,7 +101,8 @@ class LoRAExplorer(Panel):
         return [first, row(*controls), self._words, self._image, self._proof_row]
 
     def compute(self, *state):
-        setting, enabled = Setting(**dict(zip(self.moves[:-1], state))), state[-1]
+        *values, enabled = state
+        setting = Setting(**dict(zip(self.settings, values)))
         result, origin = self.tuner.run(setting, progress=self.show_training())
         proofs = self.tuner.proofs(setting)
         if self._picture is None:

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import TensorDataset
 from torchvision.utils import make_grid
 
-from lora_helpers.experiments import FineTuning
+from lora_helpers.experiments import FineTuning, Setting
 from lora_helpers.training import Evaluation
 from lora_helpers.widgets.pictures import COLORS, LivePicture, signed
 
@@ -24,7 +24,7 @@ def summarise(result: FineTuning, enabled: bool, origin: str = "") -> str:
     parts = [
         f"LoRA {'on' if enabled else 'off'}",
         f"rank {s.rank}",
-        f"α {s.alpha:g}" + (f", strength {s.strength:g}" if s.strength != 1 else ""),
+        alpha_of(s),
         f"{s.batches} batches of digit {s.digit}" + (f" with {s.share:.0%} others" if s.share else ""),
         f"{s.digit} wrong {_change(*wrong)}",
         f"others wrong {_change(*others)}",
@@ -33,6 +33,11 @@ def summarise(result: FineTuning, enabled: bool, origin: str = "") -> str:
         f"seed {s.seed}" + (f", {ORIGINS.get(origin, origin)}" if origin else ""),
     ]
     return " · ".join(parts)
+
+
+def alpha_of(setting: Setting) -> str:
+    """α, and the strength where it is not 1, in words."""
+    return f"α {setting.alpha:g}" + (f", strength {setting.strength:g}" if setting.strength != 1 else "")
 
 
 class ExplorerPicture(LivePicture):

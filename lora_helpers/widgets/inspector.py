@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from torch import nn
 from torch.nn import functional as F
 
-from lora_helpers.lora import add_lora, freeze_base, lora_disabled, lora_layers
+from lora_helpers.lora import add_lora, freeze_base, lora_disabled, lora_layers, lora_scale
 from lora_helpers.plots import AFTER, BEFORE
 from lora_helpers.widgets.panel import Panel, row
 from lora_helpers.widgets.pictures import LivePicture
@@ -38,6 +38,10 @@ class Inspection:
     effective_off: torch.Tensor
     loss_before: float
     loss: float
+
+    @property
+    def scale(self) -> float:
+        return lora_scale(self.alpha, self.rank)
 
 
 @torch.enable_grad()  # whatever a cell has set
@@ -128,7 +132,7 @@ class InspectorPicture(LivePicture):
         middle, below = (top - CELL * self._shape[0] / 2 for top in self._tops)
         self.write(self._lefts[1] - 0.375, middle, "+", size=14, color="black" if enabled else "#aaaaaa")
         self.write(self._lefts[2] - 0.375, middle, "=", size=14)
-        product = f"(α/r)·BA  =  {shown.alpha / shown.rank:.3g}  ·"
+        product = f"(α/r)·BA  =  {shown.scale:.3g}  ·"
         self.write(self._lefts[2] - 0.85 - CELL * shown.rank, below, product, size=14, anchor="rm")
         self.write(self._lefts[2] - 0.35, below, "·", size=14)
         for x, value in ((0.4, -limit), (1.5, 0), (2.6, limit)):
@@ -214,7 +218,7 @@ def _summarise(shown: Inspection, enabled: bool, steps: int) -> str:
         f"LoRA {'on' if enabled else 'off'}",
         f"rank {shown.rank}",
         f"α {shown.alpha:g}",
-        f"α/r {shown.alpha / shown.rank:.3g}",
+        f"α/r {shown.scale:.3g}",
         weight,
         f"stored: {shown.weight.numel()} frozen in W, {trained} trained in A and B",
         "learns to give the outputs of another random layer: "
