@@ -226,6 +226,38 @@ def plot_curves(curves: Sequence[Curve], window: int = 20) -> Picture:
 
 
 @in_plain_style
+def plot_rates(runs: Sequence[FineTuning], full: dict[float, list[float]]) -> Picture:
+    """Accuracy over the learning rate, one panel for each rule, one line for each rank.
+
+    A band runs from the least to the most of the seeds.
+
+    Args:
+        full: of full fine-tuning, for each learning rate the accuracies of all seeds. Drawn in each panel.
+    """
+    rules = list(dict.fromkeys(run.setting.rule for run in runs))
+    looks = zip((*(look[0] for look in _STYLE.values()), "0.4"), "^sov", (":", "--", "-", "-."))
+    looks = dict(zip(sorted({run.setting.rank for run in runs}), looks))
+    figure = Picture("", figsize=(9.5, 3.4))
+    said = []
+    for axes, rule in zip(figure.subplots(1, len(rules), sharey=True, squeeze=False)[0], rules):
+        for rank, look in looks.items():
+            cells: dict[float, list[float]] = {}
+            for run in runs:
+                if (run.setting.rule, run.setting.rank) == (rule, rank):
+                    cells.setdefault(run.setting.lr, []).append(run.on.accuracy)
+            if cells:
+                _draw_band(axes, cells, *look, f"rank {rank}")
+                best = max(cells, key=lambda lr: mean(cells[lr]))
+                said.append(f"{_NAMES[rule]}, rank {rank}: the best rate is {best:g}")
+        _draw_band(axes, full, "black", "D", (0, (1, 1)), "full fine-tuning")
+        axes.set(title=_NAMES[rule], xscale="log", xlabel="learning rate", ylim=(0, 1))
+    figure.axes[0].set_ylabel("accuracy")
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    figure.alt = "; ".join(said) + f"; full fine-tuning: {max(full, key=lambda lr: mean(full[lr])):g}"
+    return figure
+
+
+@in_plain_style
 def plot_costs(table: Sequence[Cost]) -> Picture:
     """Milliseconds a training step, and the bytes that Adam keeps and that are stored, by method and rank."""
     names = [c.method if c.rank is None else f"{c.method}\nr = {c.rank}" for c in table]
@@ -292,9 +324,10 @@ def _band(axes, rule: str, cells: dict[int, list[float]]) -> None:
     _draw_band(axes, cells, color, marker, line, _NAMES[rule])
 
 
-def _draw_band(axes, cells: dict[int, list[float]], color: str, marker: str, line: str, label: str) -> None:
+def _draw_band(axes, cells: dict[float, list[float]], color: str, marker: str, line: str, label: str) -> None:
     places = list(cells)
-    axes.plot(places, [mean(cells[p]) for p in places], line, color=color, marker=marker, label=label)
+    means, look = [mean(cells[p]) for p in places], {"color": color, "marker": marker, "linestyle": line}
+    axes.plot(places, means, label=label, **look)
     axes.fill_between(
         places,
         [min(cells[p]) for p in places],

@@ -40,6 +40,7 @@ def test_words_stand_beside_every_picture(base, mnist, runs):
         plot_luck({"rank 1": runs[:2]}).alt: "rank 1: ",
         scaling_plots.plot_by_rank(runs).alt: "at rank 4",
         scaling_plots.plot_exponents({"Adam": runs}).alt: "after 5",
+        scaling_plots.plot_rates(runs, {0.001: [0.5, 0.6]}).alt: "α/√r, rank 4: the best rate is 0.001",
     }
     for alt, words in said.items():
         assert words in alt

@@ -42,6 +42,7 @@ DEFINED = {
     "1_mlp": {0.001: "train's learning rate", 2.3: "ln 10"},
     "2_scaling_math": {20: "the steps of an exercise's check"},
     "4_digit_9": {64: "the end of a slider"},
+    "6_scaling_laboratory": {10: "the factor that a paper claims"},
 }
 MEASURE = re.compile(r"\s*(?:times|-?fold|×(?!\s*\d)|%|percent)")
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
