@@ -6,6 +6,8 @@ course.
 """
 
 import importlib
+import io
+import sys
 
 import torch
 
@@ -16,6 +18,11 @@ __version__ = "0.2.0"
 # It also makes every sum run in one order, so a figure is the same on every machine. To undo:
 # torch.set_num_threads(n).
 torch.set_num_threads(1)
+
+# A notebook exported as a script prints α, ΔW and ‖BA‖. A console that does not have them, as many on
+# Windows, shows "?" in their place; else Python would stop there.
+if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    sys.stdout.reconfigure(errors="replace")
 
 # Looked up on first use: pictures and widgets take a second to import, which a script that only trains
 # need not wait for.

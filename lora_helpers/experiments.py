@@ -117,7 +117,7 @@ class Setting:
         if self.start == "kaiming":
             # Uniform within ±1/√in_features, so its standard deviation is 1/√(3·in_features).
             for adapter in adapters_of(net).values():
-                drawn = torch.empty(adapter.lora_A.shape, device="cpu")
+                drawn = torch.empty(adapter.lora_A.shape, dtype=torch.float32, device="cpu")
                 nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
                 adapter.lora_A.data.copy_(drawn)
         return freeze_base(net)
@@ -551,7 +551,8 @@ def set_adapters(net: nn.Module, adapters: Adapters) -> None:
 def product_norm(A: torch.Tensor, B: torch.Tensor, scale: float = 1.0) -> float:
     """The Frobenius norm of scale · B A, from the two r × r matrices BᵀB and AAᵀ: ‖BA‖² is their product's
     trace."""
-    return scale * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt().item()
+    with no_autocast(A):
+        return scale * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt().item()
 
 
 def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -567,11 +568,14 @@ def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     Returns:
         min(r, in_features, out_features) values, falling, on the CPU.
     """
-    return torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T).cpu()
+    with no_autocast(A):
+        return torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T).cpu()
 
 
 def _has_rank_at_most(delta: torch.Tensor, rank: int, generator: torch.Generator) -> bool:
-    product = delta @ torch.randn(delta.shape[1], rank + 5, generator=generator, device="cpu").to(delta)
+    shape = delta.shape[1], rank + 5
+    columns = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    product = delta @ columns.to(delta)
     # The rounding is that of the wide ΔW: by matrix_rank's own measure, for the narrow product, a true
     # rank could look higher.
     return (

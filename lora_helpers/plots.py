@@ -2,6 +2,7 @@
 drawn twice."""
 
 import base64
+import html
 import io
 import operator
 from collections.abc import Iterator
@@ -52,7 +53,10 @@ def ink(ground: tuple[float, ...]) -> str:
 
 class Picture(Figure):
     """A matplotlib figure that a notebook shows by itself, with a text alternative for those who cannot
-    see it."""
+    see it.
+
+    It is shown where it is the value of a cell's last line; elsewhere, as in a loop, call `display(picture)`.
+    """
 
     def __init__(self, alt: str, dpi: float = 100, **kwargs):
         super().__init__(layout="constrained", dpi=dpi, **kwargs)
@@ -86,13 +90,27 @@ class Picture(Figure):
                 text.set_fontsize(size)
 
     def _repr_mimebundle_(self, **kwargs):
-        data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt}
+        # JupyterLab and exported pages show the HTML, for an image/png loses its alt there. The PNG is for
+        # places without HTML: a PDF made by LaTeX, and some sites that host code.
+        png = self.png()
+        encoded = base64.b64encode(png).decode()
+        data = {"text/html": as_html(png, self.alt), "image/png": encoded, "text/plain": self.alt}
         return data, {"image/png": {"alt": self.alt}}
 
 
 def pixels(canvas: FigureCanvasAgg) -> Image.Image:
     """What is drawn on `canvas`, in red, green and blue."""
     return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+
+
+def as_html(png: bytes, alt: str) -> str:
+    """An `<img>` that holds `png`. Its size is given and decoding waits, so that nothing jumps."""
+    width, height = Image.open(io.BytesIO(png)).size
+    style = "max-width: 100%; height: auto; border-radius: 4px; display: block"
+    return (
+        f'<img alt="{html.escape(alt)}" width="{width}" height="{height}" decoding="sync" style="{style}" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    )
 
 
 @in_plain_style
@@ -138,7 +156,7 @@ def plot_losses(losses: list[float], window: int = 50) -> Picture:
         TypeError: `losses` is no list of numbers.
     """
     try:
-        values = torch.tensor([float(loss) for loss in losses])
+        values = torch.tensor([float(loss) for loss in losses], dtype=torch.float32)
     except (TypeError, ValueError):
         raise TypeError(
             f"losses is {losses!r}; it must be the list that train returns: losses = train(net, mnist.train)."

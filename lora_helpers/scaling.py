@@ -90,8 +90,9 @@ def low_rank_gradient(
     """A random gradient of a given rank, out_features × in_features, float32: a batch of 10 gives at most
     rank 10."""
     generator = torch.Generator().manual_seed(seed)
-    left = torch.randn(out_features, rank, generator=generator)
-    return left @ torch.randn(rank, in_features, generator=generator) / rank**0.5
+    left = torch.randn(out_features, rank, generator=generator, dtype=torch.float32)
+    right = torch.randn(rank, in_features, generator=generator, dtype=torch.float32)
+    return left @ right / rank**0.5
 
 
 def weight_gradient(
@@ -259,7 +260,7 @@ def spectra(base: nn.Module, updates: dict[str, torch.Tensor]) -> dict[str, dict
     generator = torch.Generator().manual_seed(0)
     table = {}
     for name, delta in updates.items():
-        random = torch.randn(delta.shape, generator=generator)
+        random = torch.randn(delta.shape, generator=generator, dtype=torch.float32)
         matrices = {"ΔW": delta, "W": base.get_submodule(name).weight.detach(), "random": random}
         table[name] = {kind: torch.linalg.svdvals(matrix) for kind, matrix in matrices.items()}
     return table

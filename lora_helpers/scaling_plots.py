@@ -201,7 +201,7 @@ def plot_curves(curves: Sequence[Curve], window: int = 20) -> Picture:
         for curve in [c for c in curves if (c.setting.optimizer, c.setting.rule) == (optimizer, rule)]:
             color, marker, line = looks[curve.setting.rank]
             for row, values in enumerate((curve.losses, curve.gradients)):
-                smooth = torch.tensor(values).unfold(0, window, 1).mean(dim=1)
+                smooth = torch.tensor(values, dtype=torch.float32).unfold(0, window, 1).mean(dim=1)
                 axes[row, column].plot(
                     range(window, len(values) + 1),
                     smooth,

@@ -113,8 +113,7 @@ def train(
     optimizer = make_optimizer(optimizer_class, trainable, lr)
     order = islice(shuffled_batches(len(labels), batch_size, seed), steps)
     losses, total = [], torch.zeros((), dtype=torch.float32, device=images.device)
-    bar = tqdm(total=steps, disable=not progress, unit="batch")
-    with _mode(net, training=True), no_autocast(images), bar:
+    with _mode(net, training=True), no_autocast(images), progress_bar(steps, progress) as bar:
         try:
             for done, loss in enumerate(_losses(net, images, labels, order, optimizer), start=1):
                 losses.append(loss)
@@ -226,6 +225,21 @@ class FusedAdam:
             maximize=False,
             fused=True,
         )
+
+
+@contextmanager
+def progress_bar(total: int, shown: bool) -> Iterator[tqdm]:
+    """A bar of tqdm. A saved notebook keeps the text of a widget, so the text is brought up to date."""
+    # The delay keeps tqdm from displaying the widget itself.
+    with tqdm(total=total, disable=not shown, unit="batch", delay=1e-6) as bar:
+        widget, handle = getattr(bar, "container", None), None
+        if widget is not None:
+            from IPython.display import display
+
+            handle, bar.displayed = display(widget, display_id=True), True
+        yield bar
+    if handle:
+        handle.update(widget)
 
 
 def shuffled_batches(size: int, batch_size: int, seed: int | None) -> Iterator[torch.Tensor]:

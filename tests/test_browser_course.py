@@ -16,10 +16,7 @@ from browser import (  # noqa: F401  (fixtures)
     shows,
     slider,
     without_outputs,
-    write_notebook,
 )
-from nbclient import NotebookClient
-from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell
 from playwright.sync_api import expect
 
@@ -30,23 +27,17 @@ from lora_helpers import PredictRanking
 ranking = PredictRanking("Who will lose most? And then?", ["the fours", "the sevens", "the zeros"])
 ranking"""
 REVEAL = 'ranking.reveal(["the sevens", "the fours", "the zeros"])'
-SAVED = "from lora_helpers import ParametrizationInspector\ninspector = ParametrizationInspector()\ninspector"
 
 
 @pytest.fixture(scope="module")
 def notebooks(tmp_path_factory):
-    """Notebooks 1 (with a ranking) and 4, their outputs left out, and one that was run and saved with a
-    panel."""
+    """Notebooks 1 (with a ranking) and 4, their outputs left out."""
     folder = tmp_path_factory.mktemp("served")
     notebook = nbformat.read(NOTEBOOKS / "1_mlp.ipynb", as_version=4)
     notebook.cells += [new_code_cell(RANKING), new_code_cell(REVEAL)]
     nbformat.write(without_outputs(notebook), folder / "1_mlp.ipynb")
     notebook = nbformat.read(NOTEBOOKS / "4_digit_9.ipynb", as_version=4)
     nbformat.write(without_outputs(notebook), folder / "4_digit_9.ipynb")
-    write_notebook(folder / "saved.ipynb", [SAVED])
-    saved = nbformat.read(folder / "saved.ipynb", as_version=4)
-    NotebookClient(saved, timeout=120, store_widget_state=False).execute()
-    nbformat.write(saved, folder / "saved.ipynb")
     return folder
 
 
@@ -160,16 +151,3 @@ def test_all_of_notebook_4_runs_and_its_explorer_moves(lab, browser):  # noqa: F
     shows(explorer, "LoRA off · rank 2 · ")
     assert not page.errors
     page.close()
-
-
-def test_a_panel_in_a_saved_notebook_and_an_exported_page_keeps_its_words(lab, browser, notebooks):  # noqa: F811
-    words = re.compile("^LoRA on · rank 1 · α 1 · α/r 1 · ")
-    page = open_notebook(lab, browser, "saved.ipynb")
-    expect(page.locator(".jp-OutputArea img")).to_have_attribute("alt", words)
-    exported, _ = HTMLExporter().from_filename(str(notebooks / "saved.ipynb"))
-    context = browser.new_context(offline=True)
-    alone = context.new_page()
-    alone.set_content(exported, wait_until="domcontentloaded")
-    expect(alone.locator(".jp-OutputArea img")).to_have_attribute("alt", words)
-    page.close()
-    context.close()

@@ -1,31 +1,60 @@
-"""The traps of torch.nn.utils.parametrize: each is shown, with what the package makes of it."""
+"""What goes wrong elsewhere, tried here: global settings, pages without a kernel, consoles, encodings; and
+the traps of torch.nn.utils.parametrize, each with what the package makes of it."""
 
+import ast
 import copy
 import io
+import os
 import pickle
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
+from browser import browser, lab, open_notebook, write_notebook  # noqa: F401  (fixtures)
+from nbconvert import HTMLExporter, PythonExporter
+from playwright.sync_api import expect
 from stirred import stir
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.data import TensorDataset
 
 from lora_helpers import (
+    DigitPad,
+    LoRAExplorer,
     LoRAParametrization,
+    ParametrizationInspector,
     RichBoyNet,
+    ScalingLab,
+    Setting,
     add_lora,
     count_parameters,
+    evaluate,
+    fine_tune,
     freeze_base,
     load_adapter,
     lora_disabled,
     lora_layers,
     merge_lora,
+    plots,
+    pretrained_base,
     remove_lora,
     save_adapter,
+    scaling,
+    scaling_plots,
     set_lora_enabled,
+    train,
     use_adapter,
 )
+from lora_helpers.data import Mnist
+from lora_helpers.experiments import FineTuner, sweep
 
+ROOT = Path(__file__).parents[1]
 IMAGES = torch.randn(5, 784, generator=torch.Generator().manual_seed(0))
 
 
@@ -40,8 +69,265 @@ def net(base):
     return stir(add_lora(base, rank=2, alpha=3))
 
 
+@pytest.fixture(scope="module")
+def some(mnist):
+    """A small part of MNIST, enough for everything to run."""
+    parts = ((mnist.train, 3000), (mnist.test, 1000))
+    return Mnist(*(TensorDataset(*(t[:n] for t in part.tensors)) for part, n in parts))
+
+
 def same_bits(net, state):
     return all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+
+
+# PyTorch's and matplotlib's global settings
+
+
+def trained(net, data, **options):
+    """A float32 training of more than 256 batches: there a counter in bfloat16 stops."""
+    losses = train(net, data, max_batches=260, seed=0, progress=False, **options)
+    return losses, [parameter.tolist() for parameter in net.parameters()]
+
+
+def small(*wrappers):
+    net, generator = RichBoyNet(12, 16).float(), torch.Generator().manual_seed(0)  # follows the global dtype
+    for parameter in net.parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float32, generator=generator) / 10
+    return nn.Sequential(net) if wrappers else net
+
+
+def with_lora(net):
+    return freeze_base(add_lora(net, rank=2, generator=torch.Generator().manual_seed(0)))
+
+
+def figures_of(run):
+    numbers = [run.norms, {name: v.tolist() for name, v in run.singular_values.items()}, run.called]
+    return run.losses, run.on.predictions.tolist(), run.on.recall.tolist(), numbers
+
+
+def moved(panel, **moves):
+    """Summary, picture and stand-in of a panel after each move."""
+    seen = [panel.summary, panel._png, panel._repr_mimebundle_()[0]["image/png"]]
+    for name, value in moves.items():
+        setattr(panel, name, value)
+        seen += [panel.summary, panel._png, panel.status]
+    return seen
+
+
+def drawn(some):
+    pad = DigitPad(LoRAExplorer(pretrained_base(), some, rank=2))
+    seen = moved(pad, index=7) + [pad.base.tolist(), pad.adapted.tolist()]
+    pad.draw([[(150, 50), (150, 200)]])
+    return seen + [pad.image.tolist(), *moved(pad)]
+
+
+def probed(some):
+    tuner, setting = FineTuner(pretrained_base(), some), Setting(rank=4, batches=10)
+    tuner.run(setting)
+    return tuner.proofs(setting), [p.tolist() for p in tuner.probabilities(setting, some.test.tensors[0][:9])]
+
+
+COMPUTED = {
+    "train a network": lambda some: trained(small(), some.train),
+    "train LoRA": lambda some: trained(with_lora(small()), some.train),
+    "train by autograd": lambda some: trained(small(nn.Sequential), some.train),
+    "train with SGD": lambda some: trained(small(), some.train, optimizer_class=torch.optim.SGD),
+    "evaluate": lambda some: evaluate(pretrained_base(), some.test).confusion.tolist(),
+    "fine_tune": lambda some: figures_of(fine_tune(pretrained_base(), some, rank=2, batches=20, share=0.5)),
+    "Kaiming's A": lambda some: FineTuner(small(), some).run(Setting(start="kaiming", batches=5))[0].losses,
+    "proofs and probabilities": probed,
+    "the explorer": lambda some: moved(LoRAExplorer(pretrained_base(), some), rank=4, enabled=False),
+    "the lab": lambda some: moved(ScalingLab(pretrained_base(), some), layer="linear1"),
+    "the inspector": lambda some: moved(ParametrizationInspector(), rank=2, steps=7),
+    "the digit pad": drawn,
+    "a random spectrum": lambda some: scaling.spectra(
+        small(), {"linear2": torch.ones(16, 12, dtype=torch.float32)}
+    )["linear2"]["random"].tolist(),
+}
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+AROUND = {
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def usual(some):
+    """What comes out without any setting, by name."""
+    return {name: compute(some) for name, compute in COMPUTED.items()}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_global_dtype_or_autocast_changes_no_figure(some, usual, name, around):
+    with AROUND[around]():
+        assert COMPUTED[name](some) == usual[name]
+
+
+@pytest.fixture(scope="module")
+def pictures(some):
+    """What draws each public picture, by the name of its function."""
+    base, settings = pretrained_base(), scaling.ladder(ranks=(1, 4), seeds=(0, 1), batches=5)
+    before, (one, *runs) = evaluate(base, some.test), sweep(base, some, settings, stops=(1,), progress=False)
+    update = {"linear1": one.adapters["linear1"][1] @ one.adapters["linear1"][0]}
+    spectra = scaling.spectra(base, {**update, "linear3": torch.ones(10, 2000)})
+    steps = scaling.first_steps(torch.ones(8, 6), ranks=(1, 2), seeds=(0,))
+    curves = scaling.learning_curves(base, some, settings[:2], batches=25, progress=False)
+    costs = [scaling.Cost("full", None, 2, 16, 8, 1.5), scaling.Cost("written out", 1, 1, 8, 4, 0.5)]
+    return {
+        "show_digits": lambda: plots.show_digits(some.test, [0]),
+        "plot_losses": lambda: plots.plot_losses([2.0, 1.0, 3.0]),
+        "plot_confusion": lambda: plots.plot_confusion(before),
+        "plot_wrong_counts": lambda: plots.plot_wrong_counts(before, one.on),
+        "plot_luck": lambda: plots.plot_luck({"rank 1": [one, *runs]}),
+        "plot_cures": lambda: plots.plot_cures(before, {"rank": [("1", one.on), ("4", runs[-1].on)]}),
+        "plot_rows": lambda: plots.plot_rows(update),
+        "plot_spectra": lambda: scaling_plots.plot_spectra(spectra),
+        "plot_first_steps": lambda: scaling_plots.plot_first_steps(steps, "norm"),
+        "plot_exponents": lambda: scaling_plots.plot_exponents({"Adam": [one, *runs]}),
+        "plot_by_rank": lambda: scaling_plots.plot_by_rank([one, *runs]),
+        "plot_terms": lambda: scaling_plots.plot_terms([1.0, 2.0, 3.0], [1.0, 1.5, 1.6]),
+        "plot_grids": lambda: scaling_plots.plot_grids({"Adam": [one, *runs]}),
+        "plot_curves": lambda: scaling_plots.plot_curves(curves),
+        "plot_costs": lambda: scaling_plots.plot_costs(costs),
+        "plot_rates": lambda: scaling_plots.plot_rates([one, *runs], {0.001: [0.9, 0.95]}),
+        "plot_thin": lambda: scaling_plots.plot_thin(20, 10, (1, 4)),
+    }
+
+
+def test_a_style_of_the_session_changes_no_picture_and_no_panel(some, pictures, usual):
+    public = {name for module in (plots, scaling_plots) for name in vars(module) if name.startswith("plot_")}
+    assert pictures.keys() == public | {"show_digits"}, "every public picture takes part"
+    plain = {name: draw().png() for name, draw in pictures.items()}
+    hostile = {"text.usetex": True, "font.size": 30, "figure.dpi": 40, "image.cmap": "hot"}
+    with plt.style.context("dark_background"), plt.rc_context(hostile):
+        for name, draw in pictures.items():
+            assert draw().png() == plain[name], name
+        for name in ("the explorer", "the lab", "the inspector", "the digit pad"):
+            assert COMPUTED[name](some) == usual[name], name
+
+
+def test_plots_can_be_drawn_whatever_the_global_dtype(pictures):
+    plain = {name: draw().alt for name, draw in pictures.items()}
+    with default_dtype(torch.bfloat16):
+        assert {name: draw().alt for name, draw in pictures.items()} == plain
+
+
+# Pages without a kernel
+
+CELLS = (
+    "import matplotlib.pyplot\n%matplotlib inline\n%config InlineBackend.figure_formats = ['svg']",
+    "from lora_helpers import *\nmnist, base = load_mnist(), pretrained_base()\nshow_digits(mnist.test)",
+    "for end in (1.5, 1.0):\n    display(plot_losses([2.0, end]))",
+    "losses = train(RichBoyNet(20, 30), mnist.test, max_batches=100)",
+    "explorer = LoRAExplorer(base, mnist)\nexplorer",
+    "DigitPad(explorer)",
+    "ParametrizationInspector()",
+    "PredictNumber('How many nines?', 0, 9)",
+    "from lora_helpers.course import ex1_mlp\nex1_mlp.quiz()",
+)
+WORDS = (
+    *("Digits: 0, 1, 2", "Loss of 2 batches, from 2.00 to 1.50", "Loss of 2 batches, from 2.00 to 1.00"),
+    *("LoRA on · rank 1 · α 1 · 100 batches", "LoRA on · rank 1 · α 1 · test image"),
+    "LoRA on · rank 1 · α 1 · α/r 1",
+)
+
+
+@pytest.fixture(scope="module")
+def notebooks(tmp_path_factory):
+    """A folder with a notebook that nbconvert has run, by the command of the README."""
+    folder = tmp_path_factory.mktemp("served")
+    write_notebook(folder / "page.ipynb", CELLS)
+    command = [sys.executable, "-m", "nbconvert", "--execute", "--to", "notebook", "--inplace"]
+    command += ["--ExecutePreprocessor.store_widget_state=False", str(folder / "page.ipynb")]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+def finds_everything(page):
+    pictures = page.locator(".jp-OutputArea img")
+    expect(pictures).to_have_count(len(WORDS))
+    for number, words in enumerate(WORDS):
+        expect(pictures.nth(number)).to_have_attribute("alt", re.compile("^" + re.escape(words)))
+        pictures.nth(number).scroll_into_view_if_needed()
+        assert pictures.nth(number).evaluate("image => image.naturalWidth") > 100
+    outputs = page.locator(".jp-OutputArea")
+    expect(outputs.filter(has_text="Predict: How many nines?")).to_be_visible()
+    expect(outputs.locator("summary").first).to_have_text("Answer")
+    expect(outputs.filter(has_text="100/100 [")).to_be_visible()  # the bar of the training, as it ended
+    assert "0/100 [" not in page.locator("body").inner_text().replace("100/100", "")
+
+
+def test_a_saved_notebook_shows_every_picture_with_its_words_in_jupyterlab(lab, browser):  # noqa: F811
+    page = open_notebook(lab, browser, "page.ipynb", height=3000)
+    finds_everything(page)
+    page.close()
+
+
+def test_an_exported_page_shows_every_picture_with_its_words_without_a_network(browser, notebooks):  # noqa: F811
+    exported, _ = HTMLExporter().from_filename(str(notebooks / "page.ipynb"))
+    context = browser.new_context(offline=True)
+    page = context.new_page()
+    page.set_content(exported, wait_until="domcontentloaded")
+    finds_everything(page)
+    context.close()
+
+
+# Consoles and files that are not UTF-8
+
+
+def test_a_notebook_exported_as_a_script_runs_on_a_console_without_greek(tmp_path):
+    script, resources = PythonExporter().from_filename(str(ROOT / "notebooks" / "3_parametrization.ipynb"))
+    assert resources["output_extension"] == ".py"
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="cp1252", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(?/r)" in done.stdout and "nines wrong" in done.stdout  # α/r, as far as that console can say it
+
+
+def test_every_text_file_is_read_and_written_with_its_encoding():
+    files = [*ROOT.glob("lora_helpers/**/*.py"), *ROOT.glob("tests/*.py")]
+    for file in files:
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call):
+                name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+                if name in ("read_text", "write_text") or getattr(call.func, "id", "") == "open":
+                    assert "encoding" in [word.arg for word in call.keywords], f"{file.name}:{call.lineno}"
+
+
+UNDER_ANOTHER_LOCALE = (  # these look for an arrow, which is not the same in CP1252
+    "tests/test_setup.py::test_pages_quote_the_figures_that_the_notebooks_show",
+    "tests/test_model.py::test_the_base_keeps_the_rule_by_which_it_was_chosen",
+)
+
+
+def test_what_reads_text_works_under_a_locale_that_is_not_utf_8(tmp_path):
+    if not shutil.which("localedef"):
+        pytest.skip("localedef, which makes such a locale, is not on this machine")
+    made = ["localedef", "-i", "en_US", "-f", "CP1252", str(tmp_path / "en_US.CP1252")]
+    if subprocess.run(made, capture_output=True).returncode > 1:  # 1: it warns
+        pytest.skip("localedef has no CP1252 or no en_US here")
+    locale = {"LOCPATH": str(tmp_path), "LC_ALL": "en_US.CP1252", "PYTHONUTF8": "0"}
+    where = {"cwd": ROOT, "env": os.environ | locale, "capture_output": True, "encoding": "utf-8"}
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *UNDER_ANOTHER_LOCALE]
+    done = subprocess.run(command, **where, errors="replace")
+    assert done.returncode == 0, done.stdout
+    code = "import locale; print(locale.getencoding())"
+    said = subprocess.run([sys.executable, "-c", code], **where)
+    assert said.stdout == "CP1252\n", "Python did read in that encoding"
 
 
 # A copy shares its class with the original

@@ -52,7 +52,7 @@ def as_mnist(strokes: Sequence[Stroke]) -> torch.Tensor:
     strokes = [(stroke - (low + high) / 2) * scale + SIDE / 2 for stroke in strokes]
     ink = _ink(strokes)
     middles = torch.arange(SIDE, dtype=torch.float32) + 0.5  # of the pixels
-    mass = torch.stack([ink.sum(dim=1) @ middles, ink.sum(dim=2) @ middles], dim=1) / ink.sum()
+    mass = torch.stack([(ink.sum(dim=side) * middles).sum(dim=1) for side in (1, 2)], dim=1) / ink.sum()
     return normalize(_ink([stroke + SIDE / 2 - mass for stroke in strokes]), [MEAN], [STD])
 
 
@@ -157,7 +157,7 @@ class DigitPad(Panel):
 
     def compute(self, index, strokes, setting, enabled):
         if index is None and not strokes:
-            image, base = torch.full_like(self._images[0], -MEAN / STD), torch.zeros(10)
+            image, base = torch.full_like(self._images[0], -MEAN / STD), torch.zeros(10, dtype=torch.float32)
             adapted = base
             text = "nothing drawn yet: draw in the box with mouse, pen or finger"
         else:

@@ -1,9 +1,11 @@
 """The explorer: move rank, α and the rest, flip the switch, and see what a really trained adapter does."""
 
 import html
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import ipywidgets as widgets
 import traitlets
@@ -80,6 +82,16 @@ class LoRAExplorer(Panel):
             self.unobserve(self._follower, ["result", "enabled"])
         self._follower = follower
         self.observe(follower, ["result", "enabled"])
+
+    def save_page(self, path: str | os.PathLike) -> Path:
+        """Saves the explorer as one HTML file, for a browser without Python or network; see `page.save_page`.
+
+        α, digit, share and seed are as the controls stand; the page has sliders for the rest. It takes a
+        minute or two, in which everything that the page shows is trained and tested.
+        """
+        from lora_helpers.widgets.page import save_page
+
+        return save_page(path, self.tuner, self.setting)
 
     def arrange(self) -> list[widgets.Widget]:
         shares = [(f"{share:.0%}", share) for share in SHARES]

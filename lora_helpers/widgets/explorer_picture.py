@@ -129,9 +129,10 @@ class ExplorerPicture(LivePicture):
         self.fill(image, shades, [f"{count}" if count else "" for count in mistakes.flat])
 
     def _update_strip(self, image, indices, heading, result, enabled):
-        places = torch.linspace(0, len(indices) - 1, min(STRIP, len(indices))).round().long()
+        count = min(STRIP, len(indices))
+        places = torch.linspace(0, len(indices) - 1, count, dtype=torch.float32).round().long()
         chosen = indices[places].tolist()
-        mosaic = torch.zeros(28, 28 * STRIP)
+        mosaic = torch.zeros(28, 28 * STRIP, dtype=torch.float32)
         if chosen:
             grid = make_grid(self._images[chosen], nrow=STRIP, padding=0, normalize=True, scale_each=True)
             mosaic[:, : 28 * len(chosen)] = grid[0]

@@ -14,7 +14,8 @@ import traitlets
 from PIL import Image
 
 from lora_helpers import plots
-from lora_helpers.widgets.pictures import LivePicture, as_html, as_png, with_caption
+from lora_helpers.plots import as_html
+from lora_helpers.widgets.pictures import LivePicture, as_png, with_caption
 
 REMEMBERED = 32  # drawings, of some 100 kB each
 # Room for two lines, so that nothing jumps.
@@ -162,7 +163,7 @@ class Panel(widgets.VBox):
         return proposal.value
 
     def _repr_mimebundle_(self, **kwargs):
-        # Without a kernel, JupyterLab and nbconvert show the HTML, which keeps its `alt`; code hosts the PNG.
+        # Where no kernel answers, as `plots.Picture`: HTML for its alt, PNG for places without HTML.
         data = super()._repr_mimebundle_(**kwargs)
         with self._lock:
             picture = with_caption(Image.open(io.BytesIO(self._png)), self.summary)

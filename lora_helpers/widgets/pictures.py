@@ -1,7 +1,5 @@
 """Pictures that are drawn again at every move of a slider, in tens of milliseconds."""
 
-import base64
-import html
 import io
 from functools import lru_cache
 
@@ -142,16 +140,6 @@ def as_png(picture: Image.Image, **options) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "png", **options)
     return buffer.getvalue()
-
-
-def as_html(png: bytes, alt: str) -> str:
-    """An `<img>` that holds `png`. Its size is given and decoding waits, so that nothing jumps."""
-    width, height = Image.open(io.BytesIO(png)).size
-    style = "max-width: 100%; height: auto; border-radius: 4px; display: block"
-    return (
-        f'<img alt="{html.escape(alt)}" width="{width}" height="{height}" decoding="sync" style="{style}" '
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-    )
 
 
 def signed(change: int) -> str:
