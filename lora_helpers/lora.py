@@ -217,18 +217,11 @@ def add_lora(
             f"rank is {rank}; it must be at most {largest}: no update of these layers has a higher rank."
         )
     options = {"generator": generator, "name": name, "rank_stabilised": rank_stabilised}
-    adapters = [
-        LoRAParametrization(
-            layer.in_features,
-            layer.out_features,
-            rank,
-            alpha,
-            device=layer.weight.device,
-            dtype=layer.weight.dtype,
-            **options,
-        )
-        for layer in chosen
-    ]  # all are made before the first is registered, so that an error leaves the network as it was
+    adapters = []  # all are made before the first is registered: an error leaves the network as it was
+    for layer in chosen:
+        where = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        sides = layer.in_features, layer.out_features
+        adapters.append(LoRAParametrization(*sides, rank, alpha, **where, **options))
     for layer, adapter in zip(chosen, adapters):
         if parametrize.is_parametrized(layer):  # its bias, or by another adapter
             _give_own_class(layer)

@@ -97,13 +97,7 @@ def train(
     Source: Adam, https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html
     """
     check_network(net)
-    check_whole("epochs", epochs)
-    check_whole("batch_size", batch_size)
-    if max_batches is not None:
-        check_whole("max_batches", max_batches)
-    if seed is not None:
-        check_whole("seed", seed, 0, LARGEST_SEED)
-    check_positive("lr", lr)
+    _check_recipe(epochs, max_batches, batch_size, lr, seed)
     images, labels = as_tensors(dataset)
     trainable = [p for p in net.parameters() if p.requires_grad]
     if not trainable:
@@ -125,17 +119,24 @@ def train(
                     after_batch(done)
         except KeyboardInterrupt:  # the losses so far are worth a look
             print(
-                f"Stopped after {len(losses):,} of {steps:,} batches. The network keeps what it has learned: "
-                "train it again to go on, or make a new one."
+                f"Stopped after {len(losses):,} of {steps:,} batches; the network keeps what it has learned."
             )
+            print("To go on, call train with it again. To start afresh, make a new network first.")
     losses = [loss.item() for loss in losses]
     if losses and not math.isfinite(losses[-1]):
-        warnings.warn(
-            f"The training diverged: the last loss is {losses[-1]}. "
-            "Start from a fresh network, with a smaller lr or alpha.",
-            stacklevel=2,
-        )
+        advice = "Start from a fresh network, with a smaller lr or alpha."
+        warnings.warn(f"The training diverged: the last loss is {losses[-1]}. {advice}", stacklevel=2)
     return losses
+
+
+def _check_recipe(epochs, max_batches, batch_size, lr, seed) -> None:
+    check_whole("epochs", epochs)
+    check_whole("batch_size", batch_size)
+    if max_batches is not None:
+        check_whole("max_batches", max_batches)
+    if seed is not None:
+        check_whole("seed", seed, 0, LARGEST_SEED)
+    check_positive("lr", lr)
 
 
 def evaluate(net: nn.Module, dataset: TensorDataset) -> Evaluation:

@@ -135,6 +135,7 @@ def test_preflight_and_the_projector_look(notebook_1):
     assert cell(notebook_1, "preflight()").locator("output").first.evaluate(size) > 1.3 * usual
 
 
+@pytest.mark.slow  # nbval runs its cells, and test_browser_widgets.py moves its explorer
 def test_all_of_notebook_4_runs_and_its_explorer_moves(lab, browser):  # noqa: F811
     page = run_all(lab, browser, "4_digit_9.ipynb")
     expect(page.get_by_text("Right at the first try: 0 of 4.")).to_be_attached(

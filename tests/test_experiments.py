@@ -237,7 +237,9 @@ def test_memory_is_bounded_and_what_it_let_go_is_trained_again(tuner, monkeypatc
     assert tuner.run(Setting(batches=5))[0].on.wrong_counts == first.on.wrong_counts
 
 
-@pytest.mark.parametrize("change", ["two threads", "autograd", "float64"])
+@pytest.mark.parametrize(
+    "change", ["two threads", "autograd", pytest.param("float64", marks=pytest.mark.slow)]
+)
 def test_counts_do_not_depend_on_threads_or_rounding(base, mnist, change, monkeypatch):
     """The ten wrong counts of notebook 4, base and LoRA on, to the last image."""
     monkeypatch.syspath_prepend(Path(__file__).parent)

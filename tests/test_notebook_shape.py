@@ -97,7 +97,7 @@ def test_every_exercise_of_its_module_is_checked_with_hint_and_solution_folded_a
     for name in own:
         assert re.search(rf"^exercises\.{name}\.check\(", source, re.M), name
         for kind in ("hint", "solution"):
-            assert re.search(rf"^# exercises\.{name}\.{kind}\(\)$", source, re.M), (name, kind)
+            assert re.search(rf"^#exercises\.{name}\.{kind}\(\)$", source, re.M), (name, kind)
             assert not re.search(rf"^exercises\.{name}\.{kind}\(", source, re.M), (
                 "not shown before it is asked for"
             )

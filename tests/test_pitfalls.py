@@ -313,6 +313,7 @@ UNDER_ANOTHER_LOCALE = (  # these look for an arrow, which is not the same in CP
 )
 
 
+@pytest.mark.slow
 def test_what_reads_text_works_under_a_locale_that_is_not_utf_8(tmp_path):
     if not shutil.which("localedef"):
         pytest.skip("localedef, which makes such a locale, is not on this machine")

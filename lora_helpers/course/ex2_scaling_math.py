@@ -200,7 +200,7 @@ def mixed_ranks(scales):
         A start with only B = 0 learns. So “ΔW is zero” cannot be the reason.
     """,
     solution="""
-        A, B = torch.zeros(2, 5), torch.zeros(4, 2)
+        dead_A, dead_B = torch.zeros(2, 5), torch.zeros(4, 2)
         why = "b"
     """,
     reason="dL/dB = s·G·Aᵀ and dL/dA = s·Bᵀ·G. If A and B are zero, both gradients stay zero.",
@@ -267,7 +267,7 @@ def quiz() -> Quiz:
         ✘ It removes the small entries of W: This is pruning, another idea.
 
         Both A and B start random. What goes wrong?
-        ✘ Nothing is ever learned: This happens if both are *zero*. If both are random, both get gradients.
+        ✘ Nothing is ever learned: This happens if both are zero. If both are random, both get gradients.
         ✔ The network is changed before the first step: BA is not zero, so ΔW is noise at the start.
         ✘ BA has full rank: Its rank is still at most r.
 

@@ -356,7 +356,7 @@ def quiz() -> Quiz:
         ✔ Nothing is learned, and nothing raises: It holds frozen parameters, and not A and B.
 
         LoRA is switched off and you merge with leave_parametrized=True. What is left?
-        ✘ W + (α/r)·BA: It keeps only what is *computed at that moment*. With LoRA off, this is W.
+        ✘ W + (α/r)·BA: It keeps only what is computed at that moment. With LoRA off, this is W.
         ✔ the base's weight; the adapter is lost: And no message tells you. merge_lora refuses to do it.
         ✘ an error: PyTorch cannot know that you did not want this.
 

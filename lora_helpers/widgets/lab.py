@@ -121,8 +121,8 @@ class ScalingLab(Panel):
             f"scale {rule} = {scale:.3g}",
             f"{layer}: ‖BA‖ {norm / scale:.1f} × {scale:.3g} = ‖ΔW‖ {norm:.2f}",
             f"over the ranks ‖ΔW‖ ∝ {power(norms)}",
-            f"9s wrong {nines:.0f}%",
-            f"others wrong {others:.0f}%",
+            f"9s wrong {nines:.1f}%",
+            f"others wrong {others:.1f}%",
             f"seed 0, {origin}",
         ]
         draw = partial(self._picture.update, results, layer, rank)
