@@ -2,7 +2,6 @@
 
 import base64
 import json
-import subprocess
 import sys
 import zlib
 from html.parser import HTMLParser
@@ -196,7 +195,15 @@ def test_a_training_that_diverged_makes_no_page(explorer, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_says_in_a_line_what_is_wrong(tmp_path):
-    command = [sys.executable, "-m", "lora_helpers.widgets.page", str(tmp_path / "nowhere" / "x.html")]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 1 and done.stderr.startswith("There is no folder ") and not done.stdout
+def test_the_command_makes_the_page_or_says_in_a_line_what_is_wrong(explorer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(page, "FineTuner", lambda *_: explorer.tuner)
+    monkeypatch.setattr(page, "_page", lambda *_: "new")
+    monkeypatch.setattr(sys, "argv", ["page", str(tmp_path / "x.html")])
+    page.main()
+    assert (
+        tmp_path / "x.html"
+    ).read_text() == "new" and "open it with a double click" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["page", str(tmp_path / "nowhere" / "x.html")])
+    with pytest.raises(SystemExit) as stopped:
+        page.main()
+    assert stopped.value.code == 1 and capsys.readouterr().err.startswith("There is no folder ")
