@@ -263,7 +263,7 @@ class FineTuner:
             result = self._tested(setting)
             if not all_finite(tensor for pair in result.adapters.values() for tensor in pair):
                 raise ValueError(
-                    f"The training with {setting} diverged: A and B hold NaN. Choose a smaller alpha."
+                    f"The training with {setting} diverged. Choose a smaller α: A and B hold NaN."
                 )
             return result, origin
 

@@ -56,7 +56,7 @@ class Fast:
         self, images: torch.Tensor, labels: torch.Tensor, chosen: Iterator[torch.Tensor]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Images, labels and first products, n × N × …, of each batch `chosen`, n × N places."""
-        while ahead := list(islice(chosen, max(1, AHEAD // self.layers[0].copies))):
+        while ahead := list(islice(chosen, max(1, AHEAD // len(self.layers[0].adapters)))):
             sizes, places = [batch.shape[1] for batch in ahead], torch.cat(ahead, dim=1).to(images.device)
             x, y = images[places], labels[places]
             products = self.first_products(x)
@@ -101,7 +101,7 @@ class _Layer:
 
     def __init__(self, copies: Sequence[nn.Linear]):
         self.weight, self.bias = original_weight(copies[0]), copies[0].bias
-        self.adapters, self.copies = [adapter_in_use(layer) for layer in copies], len(copies)
+        self.adapters = [adapter_in_use(layer) for layer in copies]
         self.on_cpu = self.weight.device.type == "cpu"  # elsewhere the plain products are quicker
         self.rows = None  # Wᵀ, in × out, laid out so that some of its rows can be picked quickly
         self.awake = self.picked = None  # kept from forward to backward: units awake, and their rows of Wᵀ

@@ -13,7 +13,6 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
-from tqdm.auto import tqdm
 
 from lora_helpers.data import Mnist, as_tensors, only_digit
 from lora_helpers.experiments import (
@@ -29,7 +28,7 @@ from lora_helpers.experiments import (
 from lora_helpers.fast import Fast
 from lora_helpers.lora import add_lora, count_parameters, freeze_base, frozen_twin
 from lora_helpers.model import LAYERS, RichBoyNet
-from lora_helpers.training import evaluate, no_autocast, train
+from lora_helpers.training import evaluate, no_autocast, progress_bar, train
 
 # ---------------------------------------------------------------- ranks and exponents
 
@@ -349,7 +348,7 @@ def learning_curves(
         bar.update()
 
     everything = [replace(setting, digit=None) for setting in settings]
-    with no_autocast(base.linear1.bias), tqdm(total=batches, disable=not progress, unit="batch") as bar:
+    with no_autocast(base.linear1.bias), progress_bar(batches, progress) as bar:
         trainings = train_adapters(
             base, *as_tensors(mnist.train), everything, batches, {batches}, after_batch=look
         )

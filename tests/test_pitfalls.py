@@ -274,7 +274,7 @@ def test_a_saved_notebook_shows_every_picture_with_its_words_in_jupyterlab(lab, 
     page.close()
 
 
-def test_an_exported_page_shows_every_picture_with_its_words_without_a_network(browser, notebooks):  # noqa: F811
+def test_an_exported_page_shows_every_picture_with_its_words_offline(browser, notebooks):  # noqa: F811
     exported, _ = HTMLExporter().from_filename(str(notebooks / "page.ipynb"))
     context = browser.new_context(offline=True)
     page = context.new_page()

@@ -194,7 +194,7 @@ def test_under_adam_the_norm_falls_like_one_over_root_r_and_the_useful_part_stay
     assert mean(scaling.norm_slopes(runs)["α/r"]) == pytest.approx(-0.5, abs=0.1)
     assert mean(scaling.norm_slopes(runs)["α"]) > 0.1
     for layer in ("linear1", "linear2"):
-        useful = scaling.slopes_by_rule(runs, lambda r: scaling.part_along(r, layer, full[layer]))  # noqa: B023
+        useful = scaling.slopes_by_rule(runs, lambda r, on=layer: scaling.part_along(r, on, full[on]))
         assert abs(mean(useful["α/r"])) < 0.15 and mean(useful["α"]) > 0.3
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lora_helpers.checks import all_finite
 from lora_helpers.data import MEAN, STD, load_mnist
 from lora_helpers.experiments import RULES, STOPS, Adapters, FineTuner, FineTuning, Setting
 from lora_helpers.model import LAYERS, pretrained_base
@@ -94,11 +93,11 @@ def _page(tuner: FineTuner, setting: Setting, options: dict[str, list], progress
         # Most answers are the base's. As changes, which are mostly 0, they pack into a tenth.
         rows.append((result.on.predictions - result.off.predictions) % 10)
         # A has hardly moved where the digit has no ink, and B not at all: changes pack well here too.
-        start, end = result.earlier[0], result.adapters
-        blocks[f"start_{now.rank}"] = _halves(_in_order(start))
-        blocks[f"{now.rank}_{now.rule}_{now.batches}"] = _halves(
-            [after - before for before, after in zip(_in_order(start), _in_order(end))]
-        )
+        start, end = _in_order(result.earlier[0]), _in_order(result.adapters)
+        name = f"{now.rank}_{now.rule}_{now.batches}"
+        if name not in blocks:  # all strengths share it
+            blocks[f"start_{now.rank}"] = _halves(start)
+            blocks[name] = _halves([after - before for before, after in zip(start, end)])
     blocks["answers"] = torch.stack([labels, result.off.predictions, *rows]).to(torch.uint8).cpu().numpy()
     facts = {"digit": setting.digit, "share": setting.share, "seed": setting.seed, "alpha": setting.alpha}
     facts |= {"options": options, "rules": RULES, "states": states, "mean": MEAN, "std": STD}
@@ -123,16 +122,9 @@ def _results(
             tuner.run_all(longest, stops=stops)
             for each in longest:
                 for stop in batches:
-                    asked = [replace(each, batches=stop, strength=strength) for strength in strengths]
-                    for result, _ in tuner.run_all(asked):
-                        yield _checked(result)
+                    for strength in strengths:
+                        yield tuner.run(replace(each, batches=stop, strength=strength))[0]
                         bar.update()
-
-
-def _checked(result: FineTuning) -> FineTuning:
-    if not all_finite(tensor for pair in result.adapters.values() for tensor in pair):
-        raise ValueError(f"The training with {result.setting} diverged. Choose a smaller α for the page.")
-    return result
 
 
 def _base_in_order(tuner: FineTuner) -> list[torch.Tensor]:
