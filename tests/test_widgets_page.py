@@ -146,7 +146,7 @@ def test_half_precision_changes_a_handful_of_all_answers(mnist, tmp_path):
 
 def test_a_page_that_fails_leaves_the_old_one_and_no_scraps(explorer, tmp_path, monkeypatch):
     old = tmp_path / "explorer.html"
-    old.write_text("old")
+    old.write_text("old", encoding="utf-8")
     monkeypatch.setattr(page, "_page", lambda *_: "new page")
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
 
@@ -157,8 +157,8 @@ def test_a_page_that_fails_leaves_the_old_one_and_no_scraps(explorer, tmp_path, 
         with monkeypatch.context() as patch, pytest.raises(type(error)):
             patch.setattr(Path, "write_text", write_half)
             explorer.save_page(old)
-        assert [file.name for file in tmp_path.iterdir()] == ["explorer.html"] and old.read_text() == "old"
-    assert explorer.save_page(old).read_text() == "new page"
+        assert [file.name for file in tmp_path.iterdir()] == ["explorer.html"] and old.read_bytes() == b"old"
+    assert explorer.save_page(old).read_text(encoding="utf-8") == "new page"
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_trained(
@@ -184,7 +184,8 @@ def test_a_tilde_is_the_home_folder_and_the_explorer_says_what_it_stands_at(expl
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.setattr(page, "_page", lambda tuner, setting, *_: asked.append((tuner, setting)) or "new")
     assert (
-        explorer.save_page("~/x.html") == tmp_path / "x.html" and (tmp_path / "x.html").read_text() == "new"
+        explorer.save_page("~/x.html") == tmp_path / "x.html"
+        and (tmp_path / "x.html").read_text(encoding="utf-8") == "new"
     )
     assert asked == [(explorer.tuner, explorer.setting)]
 
@@ -200,9 +201,9 @@ def test_the_command_makes_the_page_or_says_in_a_line_what_is_wrong(explorer, tm
     monkeypatch.setattr(page, "_page", lambda *_: "new")
     monkeypatch.setattr(sys, "argv", ["page", str(tmp_path / "x.html")])
     page.main()
-    assert (
-        tmp_path / "x.html"
-    ).read_text() == "new" and "open it with a double click" in capsys.readouterr().out
+    assert (tmp_path / "x.html").read_text(
+        encoding="utf-8"
+    ) == "new" and "open it with a double click" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["page", str(tmp_path / "nowhere" / "x.html")])
     with pytest.raises(SystemExit) as stopped:
         page.main()
