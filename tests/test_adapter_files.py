@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,13 @@ from lora_helpers.adapter_files import CONFIG, TENSORS, load_adapter, save_adapt
 IMAGES = torch.randn(5, 784, generator=torch.Generator().manual_seed(0))
 ALL = ["linear1", "linear2", "linear3"]
 SETTINGS = [(1, 1, ALL, False), (4, 16, ["linear2"], False), (8, 2.5, ["linear1", "linear3"], True)]
+
+
+@pytest.fixture(scope="module")
+def peft():
+    import peft  # here, for it takes seconds, and every worker reads every file
+
+    return peft
 
 
 @pytest.fixture
@@ -68,7 +74,7 @@ def tensors(old="", new="", **changes):
     return damage
 
 
-def saved_by_peft(base, folder, **options):
+def saved_by(peft, base, folder, **options):
     """A PEFT adapter, saved in `folder`, as if trained: B is not zero."""
     net = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options)).eval()
     with torch.no_grad():
@@ -95,16 +101,16 @@ def test_an_adapter_comes_back_to_the_bit(base, tmp_path, rank, alpha, layers, r
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("rank, alpha, layers, rank_stabilised", SETTINGS)
-def test_peft_opens_what_we_save(base, tmp_path, rank, alpha, layers, rank_stabilised):
+def test_peft_opens_what_we_save(peft, base, tmp_path, rank, alpha, layers, rank_stabilised):
     ours = stir(add_lora(copy.deepcopy(base), rank, alpha, layers, rank_stabilised=rank_stabilised))
     theirs = peft.PeftModel.from_pretrained(base, save_adapter(ours, tmp_path))
     assert close(theirs(IMAGES), ours(IMAGES))
 
 
 @pytest.mark.parametrize("rank, alpha, layers, rank_stabilised", SETTINGS)
-def test_we_open_what_peft_saves(base, tmp_path, rank, alpha, layers, rank_stabilised):
+def test_we_open_what_peft_saves(peft, base, tmp_path, rank, alpha, layers, rank_stabilised):
     options = {"r": rank, "lora_alpha": alpha, "target_modules": layers, "use_rslora": rank_stabilised}
-    theirs = saved_by_peft(base, tmp_path, **options)
+    theirs = saved_by(peft, base, tmp_path, **options)
     assert not close(theirs(IMAGES), base(IMAGES))
     load_adapter(base, tmp_path)
     assert list(lora_layers(base)) == layers and close(base(IMAGES), theirs(IMAGES))
@@ -123,8 +129,8 @@ PEFT_OPTIONS = {
 
 
 @pytest.mark.parametrize("options", PEFT_OPTIONS.values(), ids=PEFT_OPTIONS)
-def test_we_open_plain_lora_with_pefts_usual_options(base, tmp_path, options):
-    theirs = saved_by_peft(base, tmp_path, r=2, **options)
+def test_we_open_plain_lora_with_pefts_usual_options(peft, base, tmp_path, options):
+    theirs = saved_by(peft, base, tmp_path, r=2, **options)
     assert close(load_adapter(base, tmp_path)(IMAGES), theirs(IMAGES))
 
 
@@ -144,7 +150,7 @@ class Nested(nn.Module):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("layers", [["a"], ["x.a"], ["a", "y.x.a"], ["a", "x.a", "y.x.a"]])
-def test_names_that_end_alike_are_told_apart_here_and_by_peft(tmp_path, layers):
+def test_names_that_end_alike_are_told_apart_here_and_by_peft(peft, tmp_path, layers):
     net, x = stir(add_lora(Nested(), layers=layers)), torch.ones(2, 3)
     loaded = load_adapter(Nested(), save_adapter(net, tmp_path))
     assert list(lora_layers(loaded)) == layers and torch.equal(loaded(x), net(x))
@@ -177,7 +183,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_a_wrapped_network_is_saved_and_loaded_under_its_layers_own_names(base, tmp_path, wrap):
+def test_a_wrapped_network_is_saved_and_loaded_under_its_layers_own_names(peft, base, tmp_path, wrap):
     net = stir(add_lora(copy.deepcopy(base), rank=2))
     save_adapter(wrap(net), tmp_path)
     assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path)(IMAGES), net(IMAGES))
