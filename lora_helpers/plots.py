@@ -23,6 +23,7 @@ from lora_helpers.training import Evaluation
 
 # Okabe and Ito's palette, told apart by colour-blind readers; hatching says the same without colour.
 BEFORE, AFTER = "#0072B2", "#E69F00"
+LOOKS = ((BEFORE, "o"), (AFTER, "^"), ("#009E73", "s"), ("#CC79A7", "X"))  # of groups of points
 
 # Pictures look the same whatever style the session has set. The backend is the session's own business.
 PLAIN = {
@@ -252,12 +253,12 @@ def plot_luck(groups: dict[str, list[FineTuning]]) -> Picture:
     others.
 
     Args:
-        groups: by name, the fine-tunings of one base.
+        groups: by name, the fine-tunings of one base; at most four.
     """
     figure = Picture("", figsize=(7, 3.6))
     axes = figure.subplots()
     said = []
-    for (name, runs), (color, marker) in zip(groups.items(), ((BEFORE, "o"), (AFTER, "^"), ("#009E73", "s"))):
+    for (name, runs), (color, marker) in zip(groups.items(), LOOKS):
         others, wrong = [run.others_wrong for run in runs], [run.wrong for run in runs]
         axes.scatter(
             others, wrong, color=color, marker=marker, edgecolor="black", linewidth=0.5, alpha=0.8, label=name
@@ -281,10 +282,9 @@ def plot_cures(base: Evaluation, cures: dict[str, list[tuple[str, Evaluation]]],
     """
     figure, said = Picture("", figsize=(8, 4.4)), []
     axes = figure.subplots()
-    looks = ((BEFORE, "o"), (AFTER, "^"), ("#009E73", "s"), ("#CC79A7", "X"))
     # Where a label stands beside its point. Points of two cures may coincide, so each cure has its own side.
-    sides = ((-6, 4, "right"), (6, 4, "left"), (-7, -4, "right"), (0, 8, "center"))
-    for (name, tested), (color, marker), (right, up, side) in zip(cures.items(), looks, sides):
+    sides = ((0, -12, "center"), (6, 4, "left"), (-7, -4, "right"), (0, 8, "center"))
+    for (name, tested), (color, marker), (right, up, side) in zip(cures.items(), LOOKS, sides):
         points = [(sum(t.wrong_counts) - t.wrong_counts[digit], t.wrong_counts[digit]) for _, t in tested]
         axes.scatter(*zip(*points), color=color, marker=marker, edgecolor="black", linewidth=0.5, label=name)
         labels = [label for label, _ in tested]

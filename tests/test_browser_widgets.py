@@ -347,6 +347,7 @@ def test_nothing_jumps(explorer, page):
     assert float(places[0].split()[2]) >= 1000
 
 
+@pytest.mark.slow
 def test_moves_are_as_quick_beside_a_running_cell_and_after_it(explorer, page):
     """The times are printed. The bound is loose, because a test shares its machine with others."""
     rank, switch = slider(explorer, 0), explorer.get_by_label("LoRA on")

@@ -218,6 +218,7 @@ def decks(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_deck_builds(decks, path, notebook):
     deck = (decks / f"{path.stem}.slides.html").read_text(encoding="utf-8")
     slides = sum(cell.metadata["slideshow"]["slide_type"] in ("slide", "subslide") for cell in notebook.cells)

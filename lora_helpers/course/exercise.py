@@ -152,7 +152,7 @@ def call(function, *arguments, errors: dict[str, str] | None = None):
     """
     result = run(function, *arguments, errors=errors)
     if result is None:
-        advice = "`print` only shows a value. Does every branch end with `return`?"
+        advice = "Does every branch end with `return`? (`print` only shows a value.)"
         raise Uncheckable(f"Your function returned `None`. {advice}")
     return result
 

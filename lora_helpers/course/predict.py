@@ -28,7 +28,7 @@ class Prediction(widgets.VBox):
         self.question, self._controls = question, controls
         self.button = widgets.Button(
             description="Keep this guess",
-            tooltip="Keep this guess, then run the next cell",
+            tooltip="Keep this guess; the answer comes in a cell below",
             layout=widgets.Layout(width="auto"),
         )
         self._status = widgets.HTML()
@@ -59,7 +59,7 @@ class Prediction(widgets.VBox):
         self.kept = True
         for control in (*self._controls, self.button):
             control.disabled = True
-        self._say(f"Kept: {self._format(self.guess)}. Now run the next cell.")
+        self._say(f"Kept: {self._format(self.guess)}. The answer comes in a cell below.")
 
     def _say(self, text: str) -> None:
         self._status.value = f"<output>{html.escape(text)}</output>"
