@@ -1,5 +1,4 @@
-"""Settings in, a tested fine-tuning out, remembered: the one engine of notebooks, explorer, lab and
-sweeps."""
+"""Settings in, a tested fine-tuning out, remembered: the one engine of notebooks, panels and sweeps."""
 
 import copy
 import math
@@ -190,8 +189,7 @@ class FineTuning:
 
 @dataclass(eq=False)
 class Training:
-    """A and B after some numbers of batches, the loss of each batch, and the tests made so far, by batches
-    and strength."""
+    """A and B after some numbers of batches, all losses, and the tests so far, by batches and strength."""
 
     stops: dict[int, Adapters]
     losses: list[float]
@@ -270,8 +268,7 @@ class FineTuner:
     def run_all(
         self, settings: Iterable[Setting], *, stops: Iterable[int] = (), progress: Progress | None = None
     ) -> list[tuple[FineTuning, str]]:
-        """As `run` for each of `settings`; those that are not remembered are trained side by side, which
-        is quicker.
+        """As `run` for each of `settings`; what is not remembered is trained side by side: quicker.
 
         Args:
             stops: numbers of batches after which A and B are kept too, in `FineTuning.earlier`.
@@ -326,8 +323,7 @@ class FineTuner:
         }
 
     def probabilities(self, setting: Setting, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The probabilities of the ten digits, N×10 each, by the base and by the network fine-tuned with
-        `setting`.
+        """The probabilities of the ten digits, N×10 each, by the base and by what `setting` made of it.
 
         Args:
             images: float32, N×1×28×28, normalised as in `load_mnist`.
@@ -423,11 +419,9 @@ def fine_tune(
     share: float = 0,
     seed: int = 0,
 ) -> FineTuning:
-    """Fine-tunes a copy of `base` on one digit and tests it; `base` and the global random stream are left
-    alone.
+    """Fine-tunes a copy of `base` on one digit and tests it; `base` and the random stream are left alone.
 
-    The recipe is the notebooks': Adam, learning rate 0.001, batches of 10. The arguments are those of
-    `Setting`.
+    The recipe is the notebooks': Adam, rate 0.001, batches of 10. The arguments are those of `Setting`.
 
     Raises:
         ValueError: an argument out of range, or `base` already has LoRA or holds NaN.
@@ -444,8 +438,7 @@ def sweep(
     stops: Iterable[int] = (),
     progress: bool = True,
 ) -> list[FineTuning]:
-    """Fine-tunes a copy of `base` for each of `settings`, many side by side, and tests it; with a progress
-    bar."""
+    """Fine-tunes and tests a copy of `base` for each of `settings`, many side by side; with a bar."""
     with tqdm(disable=not progress, unit="batch") as bar:
 
         def show(done: int, total: int) -> None:
@@ -504,8 +497,7 @@ def train_adapters(
 
 
 def lesson_places(labels: torch.Tensor, setting: Setting) -> torch.Tensor:
-    """Where the images of the lesson stand in the training set: all of the digit, and the share of others,
-    drawn.
+    """Where the lesson's images stand in the training set: all of the digit, and the share of others, drawn.
 
     Args:
         labels: int64, N.
@@ -549,15 +541,13 @@ def set_adapters(net: nn.Module, adapters: Adapters) -> None:
 
 
 def product_norm(A: torch.Tensor, B: torch.Tensor, scale: float = 1.0) -> float:
-    """The Frobenius norm of scale · B A, from the two r × r matrices BᵀB and AAᵀ: ‖BA‖² is their product's
-    trace."""
+    """The Frobenius norm of scale · B A: ‖BA‖² is the trace of (BᵀB)(AAᵀ), both r × r."""
     with no_autocast(A):
         return scale * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt().item()
 
 
 def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """The singular values of B A, without building it: those of the small r × r core between two
-    orthogonal factors.
+    """The singular values of B A without building it: of the r × r core between two orthogonal factors.
 
     With B = Q₁R₁ and Aᵀ = Q₂R₂, B A = Q₁(R₁R₂ᵀ)Q₂ᵀ (Golub and Van Loan, Matrix Computations, section 5.2
     for QR).

@@ -72,17 +72,15 @@ class Fast:
         first, second, third = self.layers
         products = first.products(images) if products is None else products.clone()
         self.hidden_1 = first.forward(images, products).relu_()  # n × N × hidden_size_1
-        self.hidden_2 = second.forward(
-            self.hidden_1, second_products(self.hidden_1)
-        ).relu_()  # … × hidden_size_2
+        products = second_products(self.hidden_1)
+        self.hidden_2 = second.forward(self.hidden_1, products).relu_()  # n × N × hidden_size_2
         return third.forward(self.hidden_2, third.products(self.hidden_2))
 
     @torch.no_grad()
     def backpropagate(
         self, images: torch.Tensor, labels: torch.Tensor, products: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The n losses for n × N × 784 images and n × N labels. Every trainable parameter gets its
-        `.grad`."""
+        """The n losses for n × N × 784 images and n × N labels. Every trainable parameter gets `.grad`."""
         first, second, third = self.layers
         logits = self._forward(images, products, second.products_without_silent)
         log_probabilities = F.log_softmax(logits, dim=-1)  # n × N × 10
@@ -150,17 +148,15 @@ class _Layer:
         return z
 
     def backward(self, D: torch.Tensor, last: bool = False) -> torch.Tensor | None:
-        """Sets the gradients; returns ∂L/∂x, n × N × in, right wherever x is not zero. `last`: nobody
-        needs it."""
+        """Sets the gradients; returns ∂L/∂x, n × N × in, right where x is not zero. `last`: not needed."""
         flat = D.flatten(0, 1)
         if self.weight.requires_grad:
             if self.weight.grad is None:  # kept from step to step: fresh memory of this size is slow
                 self.weight.grad = torch.empty_like(self.weight)
             torch.mm(flat.T, self.x.flatten(0, 1), out=self.weight.grad)
             self.bias.grad = flat.sum(dim=0)
-        back = [
-            None if a is None else a.scale * (rows @ a.lora_B) for a, rows in zip(self.adapters, D)
-        ]  # N × r
+        # of each adapter, N × r
+        back = [None if a is None else a.scale * (rows @ a.lora_B) for a, rows in zip(self.adapters, D)]
         for adapter, inner, thin, rows, x in zip(self.adapters, self.inner, back, D, self.x):
             if adapter is not None and adapter.lora_A.requires_grad:
                 adapter.lora_B.grad, adapter.lora_A.grad = rows.T @ inner, thin.T @ x
@@ -224,8 +220,7 @@ def is_plain(net: nn.Module) -> bool:
 
 
 def is_trainable_plain(net: nn.Module) -> bool:
-    """Whether `Fast` finds all gradients of `net`: all of a base without LoRA, or A and B in use on a
-    frozen base."""
+    """Whether `Fast` finds all gradients of `net`: of a base without LoRA, or of A and B on a frozen base."""
     if not is_plain(net):
         return False
     in_use = [a for a in (adapter_in_use(net.get_submodule(name)) for name in LAYERS) if a is not None]

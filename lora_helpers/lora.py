@@ -185,8 +185,8 @@ def add_lora(
     Which parameters are trainable stays as it was: call `freeze_base` next. Make optimisers afterwards.
 
     Args:
-        rank, alpha: as in `LoRAParametrization`. layers: names of the layers to adapt; by default all
-        `Linear` ones.
+        rank, alpha: as in `LoRAParametrization`.
+        layers: names of the layers to adapt; by default all `Linear` ones.
         generator: draws every A; None takes PyTorch's global random stream.
         name: of the adapter, see `use_adapter`.
         rank_stabilised: scale by alpha / √rank (rsLoRA) instead of alpha / rank.
@@ -197,8 +197,7 @@ def add_lora(
     Raises:
         ValueError: bad `rank` or `alpha`, an unknown layer, a name that is taken, or a layer whose weight
             is shared, computed, or has another parametrization. Nothing is changed then.
-        TypeError: `net` is not a network, `layers` is not a list of names, or a named layer is not a
-        `Linear`.
+        TypeError: `net` is no network, `layers` no list of names, or a named layer no `Linear`.
 
     Source: Hu et al., arXiv 2106.09685, section 4.1;
     https://docs.pytorch.org/tutorials/intermediate/parametrizations.html
@@ -225,8 +224,7 @@ def add_lora(
     for layer, adapter in zip(chosen, adapters):
         if parametrize.is_parametrized(layer):  # its bias, or by another adapter
             _give_own_class(layer)
-        # "Unsafe" leaves out PyTorch's check, which would compute each whole weight only to look at its
-        # shape.
+        # "Unsafe" leaves out PyTorch's check, which would compute each whole weight to look at its shape.
         parametrize.register_parametrization(layer, "weight", adapter, unsafe=True)
     use_adapter(net, name)
     return net
@@ -266,8 +264,7 @@ def freeze_base(net: nn.Module) -> nn.Module:
 
 
 def frozen_twin(net: nn.Module) -> nn.Module:
-    """A copy of `net`, frozen, that shares its memory. So many copies cost little; none of them may be
-    merged."""
+    """A copy of `net`, frozen, that shares its memory: many copies cost little. Do not merge them."""
     return copy.deepcopy(
         net, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()}
     )
@@ -338,8 +335,7 @@ def merge_lora(net: nn.Module) -> nn.Module:
 
 
 def remove_lora(net: nn.Module, name: str | None = None) -> nn.Module:
-    """Discards the adapter `name`, by default all; without adapters each weight is its original again, to
-    the bit.
+    """Discards the adapter `name`, by default all; then each weight is its original again, to the bit.
 
     If others remain and none of them is in use, the last of `adapter_names` is put in use.
 

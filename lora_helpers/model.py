@@ -46,16 +46,14 @@ class RichBoyNet(nn.Module):
 
 @torch.inference_mode(False)  # tensors made inside inference mode could never be trained
 def pretrained_base(path: str | os.PathLike | None = None) -> RichBoyNet:
-    """The stored base: a `RichBoyNet` trained on MNIST, float32, on the CPU; or your own network, from
-    `path`.
+    """The stored base, a `RichBoyNet` trained on MNIST, float32, on the CPU; or your own, from `path`.
 
     How the stored base was made, and its figures: stored/README.md. Keep your own with
     `safetensors.torch.save_file(net.state_dict(), "my_base.safetensors")`.
 
     Raises:
         FileNotFoundError: there is no file at `path`.
-        ValueError: the file is damaged, or does not hold the six tensors of `RichBoyNet()`, float32 and
-        finite.
+        ValueError: the file does not hold the six tensors of `RichBoyNet()`, float32 and finite.
     """
     file = BASE if path is None else Path(path).expanduser()
     if not file.is_file():

@@ -1,5 +1,4 @@
-"""Pictures. Each function returns a `Picture`, a matplotlib figure made without pyplot, so that nothing is
-drawn twice."""
+"""Pictures. Each function returns a `Picture`: a figure made without pyplot, so nothing is drawn twice."""
 
 import base64
 import html
@@ -53,8 +52,7 @@ def ink(ground: tuple[float, ...]) -> str:
 
 
 class Picture(Figure):
-    """A matplotlib figure that a notebook shows by itself, with a text alternative for those who cannot
-    see it.
+    """A matplotlib figure that a notebook shows by itself, with words for those who cannot see it.
 
     It is shown where it is the value of a cell's last line; elsewhere, as in a loop, call `display(picture)`.
     """
@@ -121,8 +119,7 @@ def show_digits(dataset: TensorDataset, indices=None, titles=None) -> Picture:
 
     Raises:
         ValueError: there is no such image, none is asked for, or there are more or fewer titles than images.
-        TypeError: `dataset` is no `TensorDataset` of images and labels, or `indices` no list of whole
-        numbers.
+        TypeError: `dataset` is no `TensorDataset` of images and labels, or `indices` no whole numbers.
     """
     images, labels = as_tensors(dataset)
     if indices is None:
@@ -249,8 +246,7 @@ def plot_wrong_counts(before: Evaluation, after: Evaluation, labels=("LoRA off",
 
 @in_plain_style
 def plot_luck(groups: dict[str, list[FineTuning]]) -> Picture:
-    """Fine-tunings that differ only in their seed: wrong answers on the learned digit, by those on all
-    others.
+    """Fine-tunings that differ in their seed only: wrong answers on the learned digit, by those on others.
 
     Args:
         groups: by name, the fine-tunings of one base; at most four.

@@ -62,8 +62,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def start_lora(base: nn.Module, setting: Setting) -> nn.Module:
-    """A network with LoRA as `setting` says, untrained. It shares its frozen base with `base`: do not
-    merge it."""
+    """A network with LoRA as `setting` says, untrained. It shares the memory of `base`: do not merge it."""
     return setting.add_to(frozen_twin(base))
 
 
@@ -72,8 +71,7 @@ def start_lora(base: nn.Module, setting: Setting) -> nn.Module:
 
 @dataclass(frozen=True)
 class FirstStep:
-    """ΔW after one step from B = 0: its norm, and its useful part ⟨−ΔW, G⟩, by which the loss falls for
-    small steps."""
+    """ΔW after one step from B = 0: its norm, and its useful part ⟨−ΔW, G⟩, the fall of the loss."""
 
     optimizer: str
     rule: str
@@ -86,8 +84,7 @@ class FirstStep:
 def low_rank_gradient(
     out_features: int = 2000, in_features: int = 1000, rank: int = 10, seed: int = 0
 ) -> torch.Tensor:
-    """A random gradient of a given rank, out_features × in_features, float32: a batch of 10 gives at most
-    rank 10."""
+    """A random gradient, out_features × in_features, float32: a batch of 10 gives at most rank 10."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.randn(out_features, rank, generator=generator, dtype=torch.float32)
     right = torch.randn(rank, in_features, generator=generator, dtype=torch.float32)
@@ -112,8 +109,7 @@ def first_steps(
     lr: float = 1e-3,
     a_std: float = 1.0,
 ) -> list[FirstStep]:
-    """One real step of SGD and of Adam from B = 0 and A ~ N(0, a_std²), on the loss whose gradient in W is
-    `gradient`.
+    """One real step of SGD and of Adam from B = 0, A ~ N(0, a_std²), where ∂L/∂W is `gradient`.
 
     Nothing of the weight's size is made: the loss ⟨G, s·BA⟩ is ⟨s·B, G Aᵀ⟩.
 
@@ -191,8 +187,7 @@ def part_along(run: FineTuning, layer: str, direction: torch.Tensor) -> float:
 def slopes_by_rule(
     runs: Sequence[FineTuning], value: Callable[[FineTuning], float]
 ) -> dict[str, list[float]]:
-    """For each rule the exponent of r in `value(run)`, one for each seed at which it is positive at every
-    rank."""
+    """For each rule the exponents of r in `value(run)`: one a seed, if it is positive at every rank."""
     slopes: dict[str, list[float]] = {}
     for rule, seed in dict.fromkeys((run.setting.rule, run.setting.seed) for run in runs):
         some = [run for run in runs if (run.setting.rule, run.setting.seed) == (rule, seed)]
@@ -254,8 +249,7 @@ def best_low_rank(matrix: torch.Tensor, ranks: Iterable[int]) -> dict[int, torch
 
 
 def spectra(base: nn.Module, updates: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """By layer, the singular values, largest first, of "ΔW", of "W" and of a "random" matrix of the same
-    shape."""
+    """By layer, the singular values, largest first, of "ΔW", "W" and a "random" matrix of that shape."""
     generator = torch.Generator().manual_seed(0)
     table = {}
     for name, delta in updates.items():
@@ -322,9 +316,9 @@ class Curve:
     accuracy: float
 
 
-def shuffled_pixels(mnist: Mnist, seed: int = 0, test_images: int = 2000) -> Mnist:
+def shuffled_pixels(mnist: Mnist, seed: int = 0, test_images: int = 10_000) -> Mnist:
     """The same digits with their pixels in another order, the same for all: everything must be learned
-    again. Of the test images it keeps the first `test_images`: few units are silent, so a test is slow."""
+    again. It keeps the first `test_images` of the test images: few units are silent, so a test is slow."""
     order = torch.randperm(28 * 28, generator=torch.Generator().manual_seed(seed))
     parts = [
         TensorDataset(x.flatten(1)[:, order].view_as(x), y)
@@ -385,8 +379,7 @@ def end(values: Sequence[float], window: int = 20) -> float:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one way to fine-tune: numbers trained, bytes of Adam's state and of a checkpoint, milliseconds a
-    step."""
+    """Of one way to fine-tune: numbers trained, bytes of Adam and of a checkpoint, milliseconds a step."""
 
     method: str
     rank: int | None
@@ -399,8 +392,7 @@ class Cost:
 def costs(
     base: nn.Module, dataset: TensorDataset, *, ranks: Iterable[int] = (1, 8, 64), steps: int = 10
 ) -> list[Cost]:
-    """Full fine-tuning, LoRA as a parametrization and LoRA written out (`fast.Fast`), for each rank,
-    measured.
+    """Measures full fine-tuning, LoRA as a parametrization, and LoRA written out (`fast.Fast`), by rank.
 
     The time is the best of `steps` training steps of 10 images (the least disturbed by other work); the
     checkpoint is what safetensors writes of the trained tensors.

@@ -42,8 +42,7 @@ def plot_spectra(spectra: dict[str, dict[str, torch.Tensor]]) -> Picture:
 
 @in_plain_style
 def plot_first_steps(table: Sequence[FirstStep], quantity: str) -> Picture:
-    """One step: ‖ΔW‖ ("norm") or ⟨−ΔW, G⟩ ("useful") by rank, relative to rank 1; one panel for each
-    optimizer."""
+    """One step: ‖ΔW‖ ("norm") or ⟨−ΔW, G⟩ ("useful") by rank, relative to rank 1; a panel an optimizer."""
     label = {"norm": "‖ΔW‖ after one step", "useful": "⟨−ΔW, G⟩ after one step"}[quantity]
     figure = Picture("", figsize=(8.5, 3))
     said = []

@@ -72,9 +72,8 @@ def train(
     """Trains the trainable parameters of `net` on cross-entropy, in shuffled batches.
 
     A `RichBoyNet`, with LoRA or without, is trained by `fast.Fast`, any other network by autograd; only
-    rounding differs. Images are moved to the network's device and dtype. The stop button
-    ends the training early: one line says how far it came. A warning says if the loss ends as NaN or
-    infinite.
+    rounding differs. Images are moved to the network's device and dtype. The stop button ends the training
+    early, and one line says how far it came. A warning says if the loss ends as NaN or infinite.
 
     Args:
         dataset: floating-point images, N×1×28×28 or N×784, and int64 labels, N.

@@ -1,10 +1,8 @@
 """How fast the collection is, beside the plain recipe, PEFT and loralib: `uv run python tests/benchmark.py`.
 
 Each contender runs in a process of its own, in turn, and the next time in reverse; the table gives medians
-and ranges.
-The whole MNIST and the stored base are used. lora_helpers runs in one thread; the others run as they come,
-with
-PyTorch's default number of threads. Nothing is gated.
+and ranges. The whole MNIST and the stored base are used. lora_helpers runs in one thread; the others run as
+they come, with PyTorch's default number of threads. Nothing is gated.
 """
 
 import argparse
@@ -54,8 +52,7 @@ def timed(work):
     return time.perf_counter() - start
 
 
-# ---------------------------------------------------------------- the plain recipe, as it is usually
-# published
+# ---------------------------------------------------------------- the plain recipe, as usually published
 
 
 class Digits(Dataset):
@@ -170,7 +167,6 @@ def ours():
 
 
 # ---------------------------------------------------------------- PEFT and loralib, with the fused Adam
-# that is used here
 
 
 def rival(adapt):

@@ -108,8 +108,7 @@ def _page(tuner: FineTuner, setting: Setting, options: dict[str, list], progress
 def _results(
     tuner: FineTuner, setting: Setting, options: dict[str, list], progress: bool
 ) -> Iterator[FineTuning]:
-    """Every state in which the adapter changes something, tested; the rules of a rank are trained side by
-    side."""
+    """Every state in which the adapter changes something, tested; a rank's rules are trained together."""
     batches, strengths = ([value for value in options[name] if value] for name in ("batches", "strength"))
     # The explorer's stops too: the tuner remembers these trainings in the place of the explorer's own.
     stops = {stop for stop in STOPS if stop <= max(batches)} | set(batches)
