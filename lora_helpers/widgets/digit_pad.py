@@ -96,7 +96,8 @@ class ProbabilityPicture(LivePicture):
                 bar.set_height(value)
             best = values.argmax().item()
             x, y = best + shift, values[best].item() + 0.06
-            self.write(x, y, f"{values[best]:.0%}", axes=self._axes, anchor=anchor)
+            if values.any():  # all are 0 where nothing is drawn
+                self.write(x, y, f"{values[best]:.0%}", axes=self._axes, anchor=anchor)
         return self
 
 
