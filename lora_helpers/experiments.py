@@ -207,6 +207,10 @@ class FineTuner:
     All trainings use the same frozen weights, so `proofs` can show that none of them moved by one bit.
     Several threads may call it: it serves one at a time.
 
+    Attributes:
+        mnist: the digits to train and to test on.
+        base_weights: copies of the base's weights and biases, by name, taken at the start.
+
     Raises:
         ValueError: `base` already has LoRA, or holds NaN or infinite values.
         TypeError: `base` is not a `RichBoyNet`, or `mnist` is not a `Mnist`.
@@ -228,7 +232,7 @@ class FineTuner:
             )
         self.mnist = mnist
         self._net = copy.deepcopy(base)
-        self._copies = {name: p.detach().clone() for name, p in base.named_parameters()}
+        self.base_weights = {name: p.detach().clone() for name, p in base.named_parameters()}
         images, self._labels = as_tensors(mnist.test)
         self._lessons = as_tensors(mnist.train)  # checked once
         self._probe = self._like_the_net(images[:: max(1, len(images) // 50)])
@@ -314,7 +318,7 @@ class FineTuner:
                 name.replace(".parametrizations.weight.original", ".weight"): p
                 for name, p in self._net.named_parameters()
             }
-            unmoved = all(torch.equal(now[name], copied) for name, copied in self._copies.items())
+            unmoved = all(torch.equal(now[name], copied) for name, copied in self.base_weights.items())
         return {
             "base weights unchanged to the bit": unmoved,
             "LoRA off = base, to the bit": off,
@@ -336,11 +340,11 @@ class FineTuner:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with self._lock, no_autocast(self._copies["linear1.bias"]):
+        with self._lock, no_autocast(self.base_weights["linear1.bias"]):
             yield
 
     def _like_the_net(self, images: torch.Tensor) -> torch.Tensor:
-        return images.to(self._copies["linear1.bias"])
+        return images.to(self.base_weights["linear1.bias"])
 
     def _remembers(self, setting: Setting, stops: Iterable[int] = ()) -> bool:
         training = self._memory.get(_key(setting))

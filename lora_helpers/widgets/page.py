@@ -101,7 +101,7 @@ def _page(tuner: FineTuner, setting: Setting, options: dict[str, list], progress
     blocks["answers"] = torch.stack([labels, result.off.predictions, *rows]).to(torch.uint8).cpu().numpy()
     facts = {"digit": setting.digit, "share": setting.share, "seed": setting.seed, "alpha": setting.alpha}
     facts |= {"options": options, "rules": RULES, "states": states, "mean": MEAN, "std": STD}
-    facts["sizes"] = [images[0].numel(), *(len(tuner._copies[f"{name}.bias"]) for name in LAYERS)]
+    facts["sizes"] = [images[0].numel(), *(len(tuner.base_weights[f"{name}.bias"]) for name in LAYERS)]
     return _filled(facts, blocks)
 
 
@@ -128,7 +128,11 @@ def _results(
 
 def _base_in_order(tuner: FineTuner) -> list[torch.Tensor]:
     # Wᵀ, in × out: page.js adds up the rows of the units that are awake.
-    return [t for name in LAYERS for t in (tuner._copies[f"{name}.weight"].T, tuner._copies[f"{name}.bias"])]
+    return [
+        t
+        for name in LAYERS
+        for t in (tuner.base_weights[f"{name}.weight"].T, tuner.base_weights[f"{name}.bias"])
+    ]
 
 
 def _in_order(adapters: Adapters) -> list[torch.Tensor]:
@@ -160,11 +164,13 @@ def _json(value) -> str:
 
 
 def main() -> None:
-    """Makes the page of the stored base and the explorer's first setting."""
+    """Makes the page of the stored base, with the seed of notebook 4."""
     parser = argparse.ArgumentParser(description="Makes the explorer as one HTML file, in a minute or two.")
     parser.add_argument("path", nargs="?", default="explorer.html", help="the file to write")
     try:
-        path = save_page(parser.parse_args().path, FineTuner(pretrained_base(), load_mnist()), Setting())
+        path = save_page(
+            parser.parse_args().path, FineTuner(pretrained_base(), load_mnist()), Setting(seed=2)
+        )
     except OSError as error:
         parser.exit(1, f"{error}\n")
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB) is ready: open it with a double click.")
