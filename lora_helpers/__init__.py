@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 # A notebook exported as a script prints α, ΔW and ‖BA‖. A console that does not have them, as many on
 # Windows, shows "?" in their place; else Python would stop there.
-if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
     sys.stdout.reconfigure(errors="replace")
 
 # Looked up on first use: pictures and widgets take a second to import, which a script that only trains

@@ -40,7 +40,7 @@ def save_adapter(net: nn.Module, folder: str | os.PathLike, name: str | None = N
 
     Raises:
         ValueError: `net` has no such adapter; its layers differ in rank, alpha or scaling; a layer has no
-            name; or A or B holds a value that is not finite.
+            name or is compiled alone; or A or B holds a value that is not finite.
         TypeError: `net` is not a network, or `folder` not a path.
         OSError: the folder cannot be written to.
 
@@ -50,6 +50,8 @@ def save_adapter(net: nn.Module, folder: str | os.PathLike, name: str | None = N
     adapters = _adapters(net, name)
     if "" in adapters:
         raise ValueError("A file needs a name for the layer; adapt nn.Sequential(layer) instead.")
+    if compiled := [layer for layer in adapters if "_orig_mod" in layer]:
+        raise ValueError(f"{compiled[0]} is compiled; save the network as it was before torch.compile.")
     scalings = {(adapter.rank, adapter.alpha, adapter.rank_stabilised) for adapter in adapters.values()}
     if len(scalings) > 1:
         raise ValueError(f"The layers differ in (rank, alpha, rank_stabilised): {scalings}; a file has one.")
@@ -66,6 +68,7 @@ def save_adapter(net: nn.Module, folder: str | os.PathLike, name: str | None = N
     return folder
 
 
+@torch.inference_mode(False)
 def load_adapter(net: nn.Module, folder: str | os.PathLike, name: str = "default") -> nn.Module:
     """Adds the adapter saved in `folder` to `net` under `name`, beside any others, and puts it in use.
 
@@ -107,10 +110,13 @@ def _key(layer: str, matrix: str) -> str:
 def _unwrapped(net: nn.Module) -> nn.Module:
     """The network inside torch.compile or DataParallel, which put a prefix before the name of each layer."""
     check_network(net)
-    while hasattr(net, "_orig_mod"):
-        net = net._orig_mod
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-    return net.module if isinstance(net, wrappers) else net
+    while True:
+        if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
+            net = net.module
+        elif hasattr(net, "_orig_mod"):
+            net = net._orig_mod
+        else:
+            return net
 
 
 def _adapters(net: nn.Module, name: str | None) -> dict[str, LoRAParametrization]:

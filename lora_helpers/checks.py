@@ -1,12 +1,20 @@
-"""Checks of what a caller passed. Each error says what was given and what is allowed."""
+"""Checks of what a caller passed: each error says what was given and what is allowed. And `no_autocast`."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 LARGEST_SEED = 2**63 - 1  # of torch.Generator
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Within it a torch.autocast block further out changes no figure. Also a decorator."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:

@@ -10,9 +10,15 @@ from threading import RLock
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from lora_helpers.checks import LARGEST_SEED, all_finite, check_choice, check_positive, check_whole
+from lora_helpers.checks import (
+    LARGEST_SEED,
+    all_finite,
+    check_choice,
+    check_positive,
+    check_whole,
+    no_autocast,
+)
 from lora_helpers.data import Mnist, as_tensors, check_mnist
 from lora_helpers.fast import Fast, ImagesToTest
 from lora_helpers.lora import (
@@ -28,7 +34,7 @@ from lora_helpers.lora import (
     remove_lora,
 )
 from lora_helpers.model import RichBoyNet
-from lora_helpers.training import Evaluation, compare, make_optimizer, no_autocast, shuffled_batches
+from lora_helpers.training import Evaluation, compare, make_optimizer, progress_bar, shuffled_batches
 
 # The factor on BA as the rank grows: LoRA's, rsLoRA's, or none. All agree at rank 1.
 RULES = ("α/r", "α/√r", "α")
@@ -216,6 +222,7 @@ class FineTuner:
         TypeError: `base` is not a `RichBoyNet`, or `mnist` is not a `Mnist`.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, base: RichBoyNet, mnist: Mnist):
         check_mnist(mnist)
         if not isinstance(base, RichBoyNet):
@@ -340,7 +347,7 @@ class FineTuner:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with self._lock, no_autocast(self.base_weights["linear1.bias"]):
+        with self._lock, no_autocast(), torch.inference_mode(False):
             yield
 
     def _like_the_net(self, images: torch.Tensor) -> torch.Tensor:
@@ -443,10 +450,11 @@ def sweep(
     progress: bool = True,
 ) -> list[FineTuning]:
     """Fine-tunes and tests a copy of `base` for each of `settings`, many side by side; with a bar."""
-    with tqdm(disable=not progress, unit="batch") as bar:
+    with progress_bar(None, progress) as bar:
 
         def show(done: int, total: int) -> None:
-            bar.total = total
+            if bar.total != total:
+                bar.reset(total)
             bar.update(done - bar.n)
 
         return [result for result, _ in FineTuner(base, mnist).run_all(settings, stops=stops, progress=show)]
@@ -546,7 +554,7 @@ def set_adapters(net: nn.Module, adapters: Adapters) -> None:
 
 def product_norm(A: torch.Tensor, B: torch.Tensor, scale: float = 1.0) -> float:
     """The Frobenius norm of scale · B A: ‖BA‖² is the trace of (BᵀB)(AAᵀ), both r × r."""
-    with no_autocast(A):
+    with no_autocast():
         return scale * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt().item()
 
 
@@ -562,7 +570,7 @@ def singular_values(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     Returns:
         min(r, in_features, out_features) values, falling, on the CPU.
     """
-    with no_autocast(A):
+    with no_autocast():
         return torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T).cpu()
 
 

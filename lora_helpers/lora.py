@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lora_helpers.checks import check_bool, check_network, check_positive, check_whole
+from lora_helpers.checks import check_bool, check_network, check_positive, check_whole, no_autocast
 
 
 def lora_scale(alpha: float, rank: int, rank_stabilised: bool = False) -> float:
@@ -57,7 +57,7 @@ class LoRAParametrization(nn.Module):
         rank: int = 1,
         alpha: float = 1,
         *,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
         name: str = "default",
@@ -78,7 +78,9 @@ class LoRAParametrization(nn.Module):
         # Drawn on the CPU in float32, so that a seed gives the same A on every device and in every dtype.
         drawn = torch.randn(rank, in_features, dtype=torch.float32, generator=generator, device="cpu")
         self.lora_A = nn.Parameter(
-            drawn.to(device or torch.get_default_device(), dtype or torch.get_default_dtype())
+            drawn.to(
+                torch.get_default_device() if device is None else device, dtype or torch.get_default_dtype()
+            )
         )
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         self.rank, self.alpha, self.rank_stabilised, self.name = rank, alpha, rank_stabilised, name
@@ -170,6 +172,7 @@ def count_parameters(net: nn.Module) -> ParameterCount:
     )
 
 
+@torch.inference_mode(False)  # else A and B could not be trained later
 def add_lora(
     net: nn.Module,
     rank: int = 1,
@@ -297,6 +300,7 @@ def lora_disabled(net: nn.Module) -> Iterator[nn.Module]:
             adapter.enabled = enabled
 
 
+@no_autocast()
 def merge_lora(net: nn.Module) -> nn.Module:
     """Writes W + ΔW into each weight and removes the parametrization: an ordinary network again.
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from lora_helpers.checks import no_autocast
 from lora_helpers.data import Mnist, as_tensors, only_digit
 from lora_helpers.experiments import (
     OPTIMIZERS,
@@ -28,7 +29,7 @@ from lora_helpers.experiments import (
 from lora_helpers.fast import Fast
 from lora_helpers.lora import add_lora, count_parameters, freeze_base, frozen_twin
 from lora_helpers.model import LAYERS, RichBoyNet
-from lora_helpers.training import evaluate, no_autocast, progress_bar, train
+from lora_helpers.training import evaluate, progress_bar, train
 
 # ---------------------------------------------------------------- ranks and exponents
 
@@ -81,6 +82,7 @@ class FirstStep:
     useful: float
 
 
+@no_autocast()
 def low_rank_gradient(
     out_features: int = 2000, in_features: int = 1000, rank: int = 10, seed: int = 0
 ) -> torch.Tensor:
@@ -91,6 +93,7 @@ def low_rank_gradient(
     return left @ right / rank**0.5
 
 
+@no_autocast()
 def weight_gradient(
     net: RichBoyNet, dataset: TensorDataset, layer: str = "linear2", batch_size: int = 10, seed: int = 0
 ) -> torch.Tensor:
@@ -101,6 +104,7 @@ def weight_gradient(
     return torch.autograd.grad(loss, net.get_submodule(layer).weight)[0]
 
 
+@no_autocast()
 def first_steps(
     gradient: torch.Tensor,
     *,
@@ -178,6 +182,7 @@ def norm_after(run: FineTuning, layer: str, batches: int | None = None) -> float
     return product_norm(A, B, run.scale)
 
 
+@no_autocast()
 def part_along(run: FineTuning, layer: str, direction: torch.Tensor) -> float:
     """The part of ΔW of one layer along a direction D of the weight's shape: ⟨ΔW, D⟩ / ‖D‖."""
     A, B = run.adapters[layer]
@@ -221,6 +226,7 @@ def full_fine_tuning(
     }
 
 
+@no_autocast()
 def parts_along(
     updates: dict[str, torch.Tensor], directions: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -230,6 +236,7 @@ def parts_along(
 
 
 @torch.no_grad()
+@no_autocast()
 def with_updates(base: nn.Module, updates: dict[str, torch.Tensor]) -> nn.Module:
     """A copy of `base` with ΔW added to the weight of each layer named."""
     net = copy.deepcopy(base)
@@ -238,6 +245,7 @@ def with_updates(base: nn.Module, updates: dict[str, torch.Tensor]) -> nn.Module
     return net
 
 
+@no_autocast()
 def best_low_rank(matrix: torch.Tensor, ranks: Iterable[int]) -> dict[int, torch.Tensor]:
     """The nearest matrix of each rank, in the Frobenius norm: the singular value decomposition, cut off.
 
@@ -248,6 +256,7 @@ def best_low_rank(matrix: torch.Tensor, ranks: Iterable[int]) -> dict[int, torch
     return {rank: (u[:, :rank] * values[:rank]) @ v[:rank] for rank in ranks}
 
 
+@no_autocast()
 def spectra(base: nn.Module, updates: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """By layer, the singular values, largest first, of "ΔW", "W" and a "random" matrix of that shape."""
     generator = torch.Generator().manual_seed(0)
@@ -262,6 +271,7 @@ def spectra(base: nn.Module, updates: dict[str, torch.Tensor]) -> dict[str, dict
 # ---------------------------------------------------------------- α against the learning rate
 
 
+@no_autocast()
 def twins_apart(
     base: nn.Module,
     mnist: Mnist,
@@ -327,6 +337,7 @@ def shuffled_pixels(mnist: Mnist, seed: int = 0, test_images: int = 10_000) -> M
     return Mnist(*parts)
 
 
+@no_autocast()
 def learning_curves(
     base: nn.Module, mnist: Mnist, settings: Sequence[Setting], *, batches: int = 300, progress: bool = True
 ) -> list[Curve]:
@@ -342,7 +353,7 @@ def learning_curves(
         bar.update()
 
     everything = [replace(setting, digit=None) for setting in settings]
-    with no_autocast(base.linear1.bias), progress_bar(batches, progress) as bar:
+    with progress_bar(batches, progress) as bar:
         trainings = train_adapters(
             base, *as_tensors(mnist.train), everything, batches, {batches}, after_batch=look
         )
@@ -389,6 +400,7 @@ class Cost:
     milliseconds: float
 
 
+@no_autocast()
 def costs(
     base: nn.Module, dataset: TensorDataset, *, ranks: Iterable[int] = (1, 8, 64), steps: int = 10
 ) -> list[Cost]:

@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
-from lora_helpers.checks import LARGEST_SEED, check_network, check_positive, check_whole
+from lora_helpers.checks import LARGEST_SEED, check_network, check_positive, check_whole, no_autocast
 from lora_helpers.data import as_tensors
 from lora_helpers.fast import Fast, ImagesToTest, is_plain, is_trainable_plain
 
@@ -106,7 +106,7 @@ def train(
     optimizer = make_optimizer(optimizer_class, trainable, lr)
     order = islice(shuffled_batches(len(labels), batch_size, seed), steps)
     losses, total = [], torch.zeros((), dtype=torch.float32, device=images.device)
-    with _mode(net, training=True), no_autocast(images), progress_bar(steps, progress) as bar:
+    with _mode(net, training=True), no_autocast(), progress_bar(steps, progress) as bar:
         try:
             for done, loss in enumerate(_losses(net, images, labels, order, optimizer), start=1):
                 losses.append(loss)
@@ -152,7 +152,7 @@ def evaluate(net: nn.Module, dataset: TensorDataset) -> Evaluation:
     check_network(net)
     images, labels = as_tensors(dataset)
     weight = next(net.parameters(), images)  # a network without parameters takes the images as they are
-    with _mode(net, training=False), torch.no_grad(), no_autocast(weight):
+    with _mode(net, training=False), torch.no_grad(), no_autocast():
         if is_plain(net):
             answers = ImagesToTest(net, images.flatten(1).to(weight)).answers(net)
         else:
@@ -228,18 +228,21 @@ class FusedAdam:
 
 
 @contextmanager
-def progress_bar(total: int, shown: bool) -> Iterator[tqdm]:
+def progress_bar(total: int | None, shown: bool, unit: str = "batch", desc: str = "") -> Iterator[tqdm]:
     """A bar of tqdm. A saved notebook keeps the text of a widget, so the text is brought up to date."""
-    # The delay keeps tqdm from displaying the widget itself.
-    with tqdm(total=total, disable=not shown, unit="batch", delay=1e-6) as bar:
-        widget, handle = getattr(bar, "container", None), None
-        if widget is not None:
-            from IPython.display import display
+    handle = None
+    try:
+        # The delay keeps tqdm from displaying the widget itself.
+        with tqdm(total=total, disable=not shown, unit=unit, desc=desc, delay=1e-6) as bar:
+            widget = getattr(bar, "container", None)
+            if widget is not None:
+                from IPython.display import display
 
-            handle, bar.displayed = display(widget, display_id=True), True
-        yield bar
-    if handle:
-        handle.update(widget)
+                handle, bar.displayed = display(widget, display_id=True), True
+            yield bar
+    finally:
+        if handle:
+            handle.update(widget)
 
 
 def shuffled_batches(size: int, batch_size: int, seed: int | None) -> Iterator[torch.Tensor]:
@@ -282,11 +285,6 @@ def _mode(net: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, was_training in before:
             module.training = was_training
-
-
-def no_autocast(tensor: torch.Tensor) -> torch.autocast:
-    """Within it a torch.autocast block further out has no effect: figures must not depend on it."""
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _logits(net: nn.Module, images: torch.Tensor) -> torch.Tensor:

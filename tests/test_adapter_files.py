@@ -13,7 +13,7 @@ from stirred import stir
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lora_helpers import RichBoyNet, adapter_names, add_lora, lora_layers, use_adapter
+from lora_helpers import RichBoyNet, adapter_names, add_lora, freeze_base, lora_layers, use_adapter
 from lora_helpers.adapter_files import CONFIG, TENSORS, load_adapter, save_adapter
 
 IMAGES = torch.randn(5, 784, generator=torch.Generator().manual_seed(0))
@@ -179,6 +179,8 @@ WRAPPERS = {
     "compile": lambda net: torch.compile(net, backend="eager"),
     "DataParallel": nn.DataParallel,
     "AveragedModel": AveragedModel,
+    "DataParallel of compile": lambda net: nn.DataParallel(torch.compile(net, backend="eager")),
+    "AveragedModel of DataParallel": lambda net: AveragedModel(nn.DataParallel(net)),
 }
 
 
@@ -189,6 +191,23 @@ def test_a_wrapped_network_is_saved_and_loaded_under_its_layers_own_names(peft, 
     assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path)(IMAGES), net(IMAGES))
     assert close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(IMAGES), net(IMAGES))
     assert close(load_adapter(wrap(base), tmp_path)(IMAGES), net(IMAGES))
+
+
+def test_a_layer_that_is_compiled_alone_is_named(base, tmp_path):
+    add_lora(base).linear2 = torch.compile(base.linear2, backend="eager")
+    with pytest.raises(ValueError, match="linear2.* is compiled; save the network as it was before"):
+        save_adapter(base, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_made_within_inference_mode_can_be_trained(base, tmp_path):
+    other = copy.deepcopy(base)
+    with torch.inference_mode():
+        added = freeze_base(add_lora(other))
+        loaded = load_adapter(base, save_adapter(added, tmp_path))
+    for net in (added, loaded):
+        net(IMAGES).sum().backward()
+        assert all(p.grad is not None for (a,) in lora_layers(net).values() for p in a.parameters())
 
 
 def test_a_tilde_is_the_home_folder(base, tmp_path, monkeypatch):

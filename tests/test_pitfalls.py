@@ -3,6 +3,7 @@ the traps of torch.nn.utils.parametrize, each with what the package makes of it.
 
 import ast
 import copy
+import dataclasses
 import io
 import os
 import pickle
@@ -114,6 +115,25 @@ def moved(panel, **moves):
     return seen
 
 
+def merged(some):
+    return [p.tolist() for p in merge_lora(with_lora(small())).parameters()]
+
+
+def analysed(some):
+    """What the notebooks on scaling compute, but for times."""
+    base, settings = pretrained_base(), [Setting(rank=2, batches=9), Setting(rank=2, batches=9, rule="α/√r")]
+    runs = sweep(base, some, settings, progress=False)
+    gradient = scaling.weight_gradient(base, some.train)
+    parts = scaling.best_low_rank(gradient, [2])[2], scaling.part_along(runs[0], "linear2", gradient)
+    steps = [
+        dataclasses.astuple(step) for step in scaling.first_steps(gradient, ranks=(1, 2), seeds=range(2))
+    ]
+    curves = scaling.learning_curves(base, some, settings, batches=9, progress=False)
+    costs = [cost.trained for cost in scaling.costs(base, some.train, ranks=(1,), steps=1)]
+    drawn = scaling.low_rank_gradient(30, 20).tolist()
+    return [part.tolist() if torch.is_tensor(part) else part for part in parts], steps, curves, costs, drawn
+
+
 def drawn(some):
     pad = DigitPad(LoRAExplorer(pretrained_base(), some, rank=2))
     seen = moved(pad, index=7) + [pad.base.tolist(), pad.adapted.tolist()]
@@ -132,6 +152,8 @@ COMPUTED = {
     "train LoRA": lambda some: trained(with_lora(small()), some.train),
     "train by autograd": lambda some: trained(small(nn.Sequential), some.train),
     "train with SGD": lambda some: trained(small(), some.train, optimizer_class=torch.optim.SGD),
+    "merge": merged,
+    "the scaling notebooks": analysed,
     "evaluate": lambda some: evaluate(pretrained_base(), some.test).confusion.tolist(),
     "fine_tune": lambda some: figures_of(fine_tune(pretrained_base(), some, rank=2, batches=20, share=0.5)),
     "Kaiming's A": lambda some: FineTuner(small(), some).run(Setting(start="kaiming", batches=5))[0].losses,
@@ -217,6 +239,22 @@ def test_a_style_of_the_session_changes_no_picture_and_no_panel(some, pictures, 
             assert COMPUTED[name](some) == usual[name], name
 
 
+def test_a_style_changes_no_panel_that_grows_under_it():
+    def grown():
+        plots.set_type_scale(1.5)
+        return moved(inspector, rank=2, steps=7)
+
+    try:
+        inspector = ParametrizationInspector()
+        plain = grown()
+        plots.set_type_scale(1.0)
+        inspector = ParametrizationInspector()
+        with plt.rc_context({"text.hinting": "none", "lines.linewidth": 9}):
+            assert grown() == plain
+    finally:
+        plots.set_type_scale(1.0)
+
+
 def test_plots_can_be_drawn_whatever_the_global_dtype(pictures):
     plain = {name: draw().alt for name, draw in pictures.items()}
     with default_dtype(torch.bfloat16):
@@ -230,6 +268,9 @@ CELLS = (
     "from lora_helpers import *\nmnist, base = load_mnist(), pretrained_base()\nshow_digits(mnist.test)",
     "for end in (1.5, 1.0):\n    display(plot_losses([2.0, end]))",
     "losses = train(RichBoyNet(20, 30), mnist.test, max_batches=100)",
+    "from lora_helpers.experiments import sweep\nruns = sweep(base, mnist, [Setting(batches=60)])",
+    "try:\n    train(RichBoyNet(20, 30), mnist.test, max_batches=90, after_batch=lambda k: 1 / (80 - k))\n"
+    "except ZeroDivisionError:\n    pass",
     "explorer = LoRAExplorer(base, mnist)\nexplorer",
     "DigitPad(explorer)",
     "ParametrizationInspector()",
@@ -249,7 +290,9 @@ def notebooks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     write_notebook(folder / "page.ipynb", CELLS)
     command = [sys.executable, "-m", "nbconvert", "--execute", "--to", "notebook", "--inplace"]
-    command += ["--ExecutePreprocessor.store_widget_state=False", str(folder / "page.ipynb")]
+    option = "--ExecutePreprocessor.store_widget_state=False"
+    assert option in (ROOT / "README.md").read_text(encoding="utf-8")
+    command += [option, str(folder / "page.ipynb")]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 
@@ -264,8 +307,9 @@ def finds_everything(page):
     outputs = page.locator(".jp-OutputArea")
     expect(outputs.filter(has_text="Predict: How many nines?")).to_be_visible()
     expect(outputs.locator("summary").first).to_have_text("Answer")
-    expect(outputs.filter(has_text="100/100 [")).to_be_visible()  # the bar of the training, as it ended
-    assert "0/100 [" not in page.locator("body").inner_text().replace("100/100", "")
+    for bar in ("100/100 [", "60/60 [", "80/90 ["):  # the bars of the trainings, as they ended
+        expect(outputs.filter(has_text=bar)).to_be_visible()
+    assert not re.search(r"\b0(batch|/\d+) \[", page.locator("body").inner_text())
 
 
 def test_a_saved_notebook_shows_every_picture_with_its_words_in_jupyterlab(lab, browser):  # noqa: F811
@@ -303,8 +347,10 @@ def test_every_text_file_is_read_and_written_with_its_encoding():
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call):
                 name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-                if name in ("read_text", "write_text") or getattr(call.func, "id", "") == "open":
-                    assert "encoding" in [word.arg for word in call.keywords], f"{file.name}:{call.lineno}"
+                given = [word.arg for word in call.keywords]
+                opens = name == "open" and getattr(getattr(call.func, "value", None), "id", "") != "Image"
+                if name in ("read_text", "write_text") or opens or "text" in given and name == "run":
+                    assert "encoding" in given, f"{file.name}:{call.lineno}"
 
 
 UNDER_ANOTHER_LOCALE = (  # these look for an arrow, which is not the same in CP1252

@@ -113,13 +113,21 @@ def test_no_figure_is_still_to_come():
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
 def test_the_code_is_formatted_and_lint_finds_nothing(command):
-    done = subprocess.run([sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_importing_the_package_sets_one_thread_and_nothing_else_of_the_session():
+def test_importing_the_package_sets_one_thread():
     code = (
         "import torch; before = torch.get_num_threads(); import lora_helpers; print(torch.get_num_threads())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize("page", ["README.md", "notebooks/1_mlp.ipynb", "notebooks/4_digit_9.ipynb"])
+def test_readers_in_notebook_7_hear_what_works_in_place_of_arrow_keys(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.search(r"In Jupyter Notebook 7[^.]*\b(the arrow keys leave|in place of arrow keys)", text)

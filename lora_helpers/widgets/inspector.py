@@ -44,7 +44,7 @@ class Inspection:
         return lora_scale(self.alpha, self.rank)
 
 
-@torch.enable_grad()  # whatever a cell has set
+@torch.inference_mode(False)  # whatever a cell has set; it turns gradients on too
 @torch.autocast("cpu", enabled=False)
 def inspect(layer: nn.Linear, *, rank: int = 1, alpha: float = 1, steps: int = 50) -> Inspection:
     """Adds LoRA to a copy of `layer`, trains A and B on a small task, and returns all tensors.

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from lora_helpers.data import MEAN, STD, load_mnist
 from lora_helpers.experiments import RULES, STOPS, Adapters, FineTuner, FineTuning, Setting
 from lora_helpers.model import LAYERS, pretrained_base
+from lora_helpers.training import progress_bar
 
 # All combinations of these, and of RULES, are trained and tested; all their adapters fit into 20 MB.
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -59,7 +59,8 @@ def save_page(
     """
     path = Path(path).expanduser()
     with _whole_file(path) as new:
-        batches = batches or (BATCHES_WITH_OTHERS if setting.share else BATCHES)
+        if batches is None:
+            batches = BATCHES_WITH_OTHERS if setting.share else BATCHES
         options = {"rank": list(ranks), "batches": list(batches), "strength": list(strengths)}
         new.write_text(_page(tuner, setting, options, progress), encoding="utf-8", newline="\n")
     return path
@@ -114,7 +115,7 @@ def _results(
     stops = {stop for stop in STOPS if stop <= max(batches)} | set(batches)
     trainings = sum(1 if rank == 1 else len(RULES) for rank in options["rank"])
     total = trainings * len(batches) * len(strengths)
-    with tqdm(total=total, disable=not progress, unit="state", desc="training and testing") as bar:
+    with progress_bar(total, progress, "state", "training and testing") as bar:
         for rank in options["rank"]:
             rules = RULES[:1] if rank == 1 else RULES  # at rank 1 all rules are one
             longest = [replace(setting, rank=rank, rule=rule, batches=max(batches)) for rule in rules]

@@ -107,6 +107,7 @@ class LivePicture(Figure):
             pen.text(place, word, color, font, anchor=anchor, stroke_width=halo, stroke_fill="white")
         return image
 
+    @in_plain_style
     def _draw_background(self) -> None:
         for artist in self.moving:
             artist.set_animated(True)  # leaves them out
