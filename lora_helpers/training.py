@@ -11,7 +11,6 @@ from itertools import islice
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.adam import adam
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
@@ -167,10 +166,8 @@ def compare(answers: torch.Tensor, labels: torch.Tensor) -> Evaluation:
     return Evaluation(counts.reshape(10, 10).cpu(), answers)
 
 
-def make_optimizer(
-    wanted: Callable, trainable: list[nn.Parameter], lr: float
-) -> "torch.optim.Optimizer | FusedAdam":
-    """An optimiser of the class `wanted`.
+def make_optimizer(wanted: Callable, trainable: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """An optimiser of the class `wanted`, fused where PyTorch has that: one pass over memory for each step.
 
     Raises:
         TypeError: `wanted` is not a class.
@@ -180,51 +177,8 @@ def make_optimizer(
             f"optimizer_class is {wanted!r}; it must be a class of torch.optim, such as torch.optim.SGD, "
             "without quotes."
         )
-    if wanted is torch.optim.Adam:
-        return FusedAdam(trainable, lr)
-    fused = (
-        {"fused": True} if "fused" in signature(wanted).parameters else {}
-    )  # quicker, but not every one has it
+    fused = {"fused": True} if "fused" in signature(wanted).parameters else {}
     return wanted(trainable, lr=lr, **fused)
-
-
-class FusedAdam:
-    """The step of `torch.optim.Adam` without its class, whose first use imports PyTorch's compiler:
-    seconds, and 170 MB."""
-
-    def __init__(self, parameters: list[nn.Parameter], lr: float):
-        self.lr, self.parameters = lr, parameters
-        self.means, self.squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-        self.steps = [torch.zeros((), dtype=torch.float32, device=p.device) for p in parameters]
-
-    def zero_grad(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def step(self) -> None:
-        # A parameter without a gradient, as of an adapter that is switched off, is left alone.
-        moved = [
-            entry
-            for entry in zip(self.parameters, self.means, self.squares, self.steps)
-            if entry[0].grad is not None
-        ]
-        parameters, means, squares, steps = map(list, zip(*moved))
-        adam(
-            parameters,
-            [p.grad for p in parameters],
-            means,
-            squares,
-            [],
-            steps,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=self.lr,
-            weight_decay=0.0,
-            eps=1e-8,
-            maximize=False,
-            fused=True,
-        )
 
 
 @contextmanager
