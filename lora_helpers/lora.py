@@ -37,8 +37,8 @@ class LoRAParametrization(nn.Module):
         name: tells several adapters on one base apart.
         rank_stabilised: scales by alpha / √rank instead, as rsLoRA does.
 
-    Of the scale only rank, alpha and rank_stabilised are kept; files, switches and the quick arithmetic read
-    those. For a scale s of your own, pass alpha = s · rank.
+    The scale is kept nowhere: files hold rank, alpha and rank_stabilised, and all else reads `scale`, which
+    is computed from them. For a scale s of your own, pass alpha = s · rank.
 
     A state dict holds A and B only. A file of `save_adapter` also holds alpha and the rest.
 

@@ -1,4 +1,4 @@
-"""Notebook 1, The MLP: its exercises and its quiz."""
+"""Notebook 1, The MLP: exercises 1.1 to 1.5, in this order, and the quiz."""
 
 import torch
 from torch.utils.data import TensorDataset

@@ -1,4 +1,4 @@
-"""Notebook 2, The α/r scaling math: its exercises and its quiz."""
+"""Notebook 2, The α/r scaling math: exercises 2.1 to 2.5, in this order, and the quiz."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Notebook 3, Parametrization mechanics: its exercises and its quiz."""
+"""Notebook 3, Parametrization mechanics: exercises 3.1 to 3.5, in this order, and the quiz."""
 
 import torch
 from torch import nn

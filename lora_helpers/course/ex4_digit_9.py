@@ -1,4 +1,4 @@
-"""Notebook 4, Digit-9 fine-tuning: its exercises and its quiz."""
+"""Notebook 4, Digit-9 fine-tuning: exercises 4.1 to 4.5, in this order, and the quiz."""
 
 import warnings
 

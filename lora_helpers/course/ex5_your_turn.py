@@ -1,4 +1,4 @@
-"""Notebook 5, Your turn: its exercises, its quiz, and what its project uses."""
+"""Notebook 5, Your turn: what its project uses, exercises 5.1 to 5.4, in this order, and the quiz."""
 
 import torch
 from torch.utils.data import TensorDataset

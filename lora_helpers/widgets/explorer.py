@@ -18,7 +18,8 @@ from lora_helpers.widgets.panel import Panel, row
 
 SHARES = (0.0, 0.1, 0.2, 0.5, 0.8)
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.2, 1.5)
-# Name: what the present setting becomes, and what that means. A preset may set what has a control below.
+# Name: what the present setting becomes, and what that means. `Setting(seed=now.seed)` resets all but the
+# seed; `replace(now, …)` keeps the rest.
 PRESETS = {
     "rank 1, α 1": (lambda now: Setting(seed=now.seed), "all controls as at the start, but for the seed"),
     "no scaling: α = r": (
