@@ -1,7 +1,8 @@
-"""The course as a learner meets it, in JupyterLab and Chromium: guesses, exercises, the quiz, and notebook
-4."""
+"""The course as a learner meets it, in JupyterLab and Chromium, and what is left of it without a kernel."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -16,7 +17,9 @@ from browser import (  # noqa: F401  (fixtures)
     shows,
     slider,
     without_outputs,
+    write_notebook,
 )
+from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell
 from playwright.sync_api import expect
 
@@ -28,16 +31,42 @@ ranking = PredictRanking("Who will lose most? And then?", ["the fours", "the sev
 ranking"""
 REVEAL = 'ranking.reveal(["the sevens", "the fours", "the zeros"])'
 
+# A notebook that is run, saved and read without a kernel, and the words of its pictures.
+CELLS = (
+    "import matplotlib.pyplot\n%matplotlib inline\n%config InlineBackend.figure_formats = ['svg']",
+    "from lora_helpers import *\nmnist, base = load_mnist(), pretrained_base()\nshow_digits(mnist.test)",
+    "for end in (1.5, 1.0):\n    display(plot_losses([2.0, end]))",
+    "losses = train(RichBoyNet(20, 30), mnist.test, max_batches=100)",
+    "from lora_helpers.experiments import sweep\nruns = sweep(base, mnist, [Setting(batches=60)])",
+    "try:\n    train(RichBoyNet(20, 30), mnist.test, max_batches=90, after_batch=lambda k: 1 / (80 - k))\n"
+    "except ZeroDivisionError:\n    pass",
+    "explorer = LoRAExplorer(base, mnist)\nexplorer",
+    "DigitPad(explorer)",
+    "ParametrizationInspector()",
+    "PredictNumber('How many nines?', 0, 9)",
+    "from lora_helpers.course import ex1_mlp\nex1_mlp.quiz()",
+)
+WORDS = (
+    *("Digits: 0, 1, 2", "Loss of 2 batches, from 2.00 to 1.50", "Loss of 2 batches, from 2.00 to 1.00"),
+    *("LoRA on · rank 1 · α 1 · 100 batches", "LoRA on · rank 1 · α 1 · test image"),
+    "LoRA on · rank 1 · α 1 · α/r 1",
+)
+
 
 @pytest.fixture(scope="module")
 def notebooks(tmp_path_factory):
-    """Notebooks 1 (with a ranking) and 4, their outputs left out."""
+    """Notebooks 1 (with a ranking) and 4, their outputs left out; and one run by README's command."""
     folder = tmp_path_factory.mktemp("served")
     notebook = nbformat.read(NOTEBOOKS / "1_mlp.ipynb", as_version=4)
     notebook.cells += [new_code_cell(RANKING), new_code_cell(REVEAL)]
     nbformat.write(without_outputs(notebook), folder / "1_mlp.ipynb")
     notebook = nbformat.read(NOTEBOOKS / "4_digit_9.ipynb", as_version=4)
     nbformat.write(without_outputs(notebook), folder / "4_digit_9.ipynb")
+    write_notebook(folder / "page.ipynb", CELLS)
+    option = "--ExecutePreprocessor.store_widget_state=False"
+    assert option in (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
+    command = [sys.executable, "-m", "nbconvert", "--execute", "--to", "notebook", "--inplace", option]
+    subprocess.run([*command, str(folder / "page.ipynb")], check=True, capture_output=True)
     return folder
 
 
@@ -152,3 +181,33 @@ def test_all_of_notebook_4_runs_and_its_explorer_moves(lab, browser):  # noqa: F
     shows(explorer, "LoRA off · rank 2 · ")
     assert not page.errors
     page.close()
+
+
+def finds_everything(page):
+    pictures = page.locator(".jp-OutputArea img")
+    expect(pictures).to_have_count(len(WORDS))
+    for number, words in enumerate(WORDS):
+        expect(pictures.nth(number)).to_have_attribute("alt", re.compile("^" + re.escape(words)))
+        pictures.nth(number).scroll_into_view_if_needed()
+        assert pictures.nth(number).evaluate("image => image.naturalWidth") > 100
+    outputs = page.locator(".jp-OutputArea")
+    expect(outputs.filter(has_text="Predict: How many nines?")).to_be_visible()
+    expect(outputs.locator("summary").first).to_have_text("Answer")
+    for bar in ("100/100 [", "60/60 [", "80/90 ["):  # the bars of the trainings, as they ended
+        expect(outputs.filter(has_text=bar)).to_be_visible()
+    assert not re.search(r"\b0(batch|/\d+) \[", page.locator("body").inner_text())
+
+
+def test_a_saved_notebook_shows_every_picture_with_its_words_in_jupyterlab(lab, browser):  # noqa: F811
+    page = open_notebook(lab, browser, "page.ipynb", height=3000)
+    finds_everything(page)
+    page.close()
+
+
+def test_an_exported_page_shows_every_picture_with_its_words_offline(browser, notebooks):  # noqa: F811
+    exported, _ = HTMLExporter().from_filename(str(notebooks / "page.ipynb"))
+    context = browser.new_context(offline=True)
+    page = context.new_page()
+    page.set_content(exported, wait_until="domcontentloaded")
+    finds_everything(page)
+    context.close()

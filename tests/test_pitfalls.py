@@ -7,7 +7,6 @@ import dataclasses
 import io
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from browser import browser, lab, open_notebook, write_notebook  # noqa: F401  (fixtures)
-from nbconvert import HTMLExporter, PythonExporter
-from playwright.sync_api import expect
+from nbconvert import PythonExporter
 from stirred import stir
 from torch import nn
 from torch.nn.utils import parametrize
@@ -121,7 +118,7 @@ def merged(some):
 
 def analysed(some):
     """What the notebooks on scaling compute, but for times."""
-    base, settings = pretrained_base(), [Setting(rank=2, batches=9), Setting(rank=2, batches=9, rule="α/√r")]
+    base, settings = small(), [Setting(rank=2, batches=9), Setting(rank=2, batches=9, rule="α/√r")]
     runs = sweep(base, some, settings, progress=False)
     gradient = scaling.weight_gradient(base, some.train)
     parts = scaling.best_low_rank(gradient, [2])[2], scaling.part_along(runs[0], "linear2", gradient)
@@ -235,7 +232,7 @@ def test_a_style_of_the_session_changes_no_picture_and_no_panel(some, pictures, 
     with plt.style.context("dark_background"), plt.rc_context(hostile):
         for name, draw in pictures.items():
             assert draw().png() == plain[name], name
-        for name in ("the explorer", "the lab", "the inspector", "the digit pad"):
+        for name in ("the explorer", "the inspector"):
             assert COMPUTED[name](some) == usual[name], name
 
 
@@ -259,72 +256,6 @@ def test_plots_can_be_drawn_whatever_the_global_dtype(pictures):
     plain = {name: draw().alt for name, draw in pictures.items()}
     with default_dtype(torch.bfloat16):
         assert {name: draw().alt for name, draw in pictures.items()} == plain
-
-
-# Pages without a kernel
-
-CELLS = (
-    "import matplotlib.pyplot\n%matplotlib inline\n%config InlineBackend.figure_formats = ['svg']",
-    "from lora_helpers import *\nmnist, base = load_mnist(), pretrained_base()\nshow_digits(mnist.test)",
-    "for end in (1.5, 1.0):\n    display(plot_losses([2.0, end]))",
-    "losses = train(RichBoyNet(20, 30), mnist.test, max_batches=100)",
-    "from lora_helpers.experiments import sweep\nruns = sweep(base, mnist, [Setting(batches=60)])",
-    "try:\n    train(RichBoyNet(20, 30), mnist.test, max_batches=90, after_batch=lambda k: 1 / (80 - k))\n"
-    "except ZeroDivisionError:\n    pass",
-    "explorer = LoRAExplorer(base, mnist)\nexplorer",
-    "DigitPad(explorer)",
-    "ParametrizationInspector()",
-    "PredictNumber('How many nines?', 0, 9)",
-    "from lora_helpers.course import ex1_mlp\nex1_mlp.quiz()",
-)
-WORDS = (
-    *("Digits: 0, 1, 2", "Loss of 2 batches, from 2.00 to 1.50", "Loss of 2 batches, from 2.00 to 1.00"),
-    *("LoRA on · rank 1 · α 1 · 100 batches", "LoRA on · rank 1 · α 1 · test image"),
-    "LoRA on · rank 1 · α 1 · α/r 1",
-)
-
-
-@pytest.fixture(scope="module")
-def notebooks(tmp_path_factory):
-    """A folder with a notebook that nbconvert has run, by the command of the README."""
-    folder = tmp_path_factory.mktemp("served")
-    write_notebook(folder / "page.ipynb", CELLS)
-    command = [sys.executable, "-m", "nbconvert", "--execute", "--to", "notebook", "--inplace"]
-    option = "--ExecutePreprocessor.store_widget_state=False"
-    assert option in (ROOT / "README.md").read_text(encoding="utf-8")
-    command += [option, str(folder / "page.ipynb")]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
-
-
-def finds_everything(page):
-    pictures = page.locator(".jp-OutputArea img")
-    expect(pictures).to_have_count(len(WORDS))
-    for number, words in enumerate(WORDS):
-        expect(pictures.nth(number)).to_have_attribute("alt", re.compile("^" + re.escape(words)))
-        pictures.nth(number).scroll_into_view_if_needed()
-        assert pictures.nth(number).evaluate("image => image.naturalWidth") > 100
-    outputs = page.locator(".jp-OutputArea")
-    expect(outputs.filter(has_text="Predict: How many nines?")).to_be_visible()
-    expect(outputs.locator("summary").first).to_have_text("Answer")
-    for bar in ("100/100 [", "60/60 [", "80/90 ["):  # the bars of the trainings, as they ended
-        expect(outputs.filter(has_text=bar)).to_be_visible()
-    assert not re.search(r"\b0(batch|/\d+) \[", page.locator("body").inner_text())
-
-
-def test_a_saved_notebook_shows_every_picture_with_its_words_in_jupyterlab(lab, browser):  # noqa: F811
-    page = open_notebook(lab, browser, "page.ipynb", height=3000)
-    finds_everything(page)
-    page.close()
-
-
-def test_an_exported_page_shows_every_picture_with_its_words_offline(browser, notebooks):  # noqa: F811
-    exported, _ = HTMLExporter().from_filename(str(notebooks / "page.ipynb"))
-    context = browser.new_context(offline=True)
-    page = context.new_page()
-    page.set_content(exported, wait_until="domcontentloaded")
-    finds_everything(page)
-    context.close()
 
 
 # Consoles and files that are not UTF-8
