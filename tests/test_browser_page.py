@@ -85,9 +85,9 @@ def page(open_file, file):
     return open_file(file, viewport={"width": 1280, "height": 720})
 
 
-def states(ranks, batches, strengths):
+def states(ranks, batches, strengths, seed):
     for rank, rule, stop, strength, on in product(ranks, RULES, batches, strengths, (True, False)):
-        yield Setting(rank=rank, rule=rule, batches=stop, strength=strength), on
+        yield Setting(rank=rank, rule=rule, batches=stop, strength=strength, seed=seed), on
 
 
 def as_state(setting, on=True):
@@ -95,10 +95,10 @@ def as_state(setting, on=True):
     return {"on": on} | {name: getattr(setting, name) for name in names}
 
 
-def differing(page, tuner, ranks, batches, strengths):
+def differing(page, tuner, ranks, batches, strengths, seed=0):
     """The states in which a figure of the page is not that of the live engine; and how many were compared."""
     wrong, count = [], 0
-    for setting, on in states(ranks, batches, strengths):
+    for setting, on in states(ranks, batches, strengths, seed):
         result, _ = tuner.run(setting)
         now = result.on if on else result.off
         rule = "" if setting.rule == "α/r" else f", scale {setting.rule}"
@@ -124,9 +124,11 @@ def test_every_figure_of_every_state_is_the_live_engines(page, some):  # noqa: F
 
 @pytest.mark.slow
 def test_every_figure_of_the_page_that_is_given_away_is_the_live_engines(open_file, mnist, tmp_path):
-    explorer = LoRAExplorer(pretrained_base(), mnist)
-    page = open_file(explorer.save_page(tmp_path / "explorer.html"))
-    wrong, count = differing(page, FineTuner(pretrained_base(), mnist), RANKS, BATCHES, STRENGTHS)
+    """The page that the command makes."""
+    page = open_file(
+        save_page(tmp_path / "explorer.html", FineTuner(pretrained_base(), mnist), Setting(seed=2))
+    )
+    wrong, count = differing(page, FineTuner(pretrained_base(), mnist), RANKS, BATCHES, STRENGTHS, 2)
     assert not wrong and count == 7 * 3 * 4 * 5 * 2
 
 
@@ -224,6 +226,15 @@ def test_a_finger_draws_a_nine_on_a_phone_and_both_networks_answer(open_file, fi
     expect(said).to_have_text(re.compile("nothing drawn yet"))
 
 
+@pytest.mark.parametrize("height", [553, 640, 740])  # of small phones, their browser's bars left out
+def test_switch_pad_and_answer_are_on_one_screen_of_a_phone(open_file, file, height):
+    page = open_file(file, viewport={"width": 360, "height": height}, has_touch=True, is_mobile=True)
+    page.locator("#answer").evaluate("answer => answer.scrollIntoView({block: 'end'})")
+    controls, pad, answer = (page.locator(id).bounding_box() for id in ("#controls", "#pad", "#answer"))
+    assert 0 <= controls["y"] and controls["y"] + controls["height"] <= pad["y"]
+    assert answer["y"] + answer["height"] <= height + 1
+
+
 @pytest.mark.parametrize("width, height", [(360, 740), (1280, 720), (1920, 1080)])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_all_is_readable_and_in_reach(open_file, file, width, height, theme):
@@ -240,5 +251,21 @@ def test_an_old_browser_says_that_it_is_too_old(browser, file):  # noqa: F811
     page = browser.new_page()
     page.add_init_script("delete window.DecompressionStream")
     page.goto(file.as_uri())
+    expect(page.locator("#page")).to_be_hidden()
     expect(page.locator("#summary")).to_have_text(re.compile("^This page cannot be shown .* newer browser"))
     page.close()
+
+
+def test_a_second_finger_the_other_button_and_the_edge_do_no_harm(page):
+    page.get_by_role("button", name="clear").click()
+    box = page.locator("#pad").bounding_box()
+    page.mouse.move(box["x"] + 20, box["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 20, box["y"] + 600)  # past the edge
+    page.evaluate("() => pad.dispatchEvent(new PointerEvent('pointerup', {isPrimary: false}))")
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    page.mouse.up()
+    page.mouse.down(button="right")
+    page.mouse.up(button="right")
+    strokes = page.evaluate("strokes")
+    assert len(strokes) == 1 and len(strokes[0]) == 3 and strokes[0][1][1] == 280

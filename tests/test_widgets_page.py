@@ -71,14 +71,14 @@ def network_of(scripts, setting):
     return net
 
 
-def changed_answers(text, tuner, ranks, batches, strengths):
+def changed_answers(text, tuner, ranks, batches, strengths, seed=0):
     """Of each state that changes something, how many test images half precision lets answer differently."""
     scripts, counts = Scripts(text).found, {}
     for rank, rule, stop, strength in product(
         ranks, page.RULES, filter(None, batches), filter(None, strengths)
     ):
         if rank > 1 or rule == "α/r":
-            setting = Setting(rank=rank, rule=rule, batches=stop, strength=strength)
+            setting = Setting(rank=rank, rule=rule, batches=stop, strength=strength, seed=seed)
             answers = evaluate(network_of(scripts, setting), tuner.mnist.test).predictions
             counts[setting] = (answers != tuner.run(setting)[0].on.predictions).sum().item()
     return counts
@@ -137,9 +137,9 @@ def test_half_precision_changes_next_to_no_answer(explorer, tmp_path):
 def test_half_precision_changes_a_handful_of_all_answers(mnist, tmp_path):
     """Of the two larger strengths, on 10,000 images; and the page stays under 20 MB."""
     tuner = FineTuner(pretrained_base(), mnist)
-    path = save_page(tmp_path / "x.html", tuner, Setting(), progress=False)
+    path = save_page(tmp_path / "x.html", tuner, Setting(seed=2), progress=False)
     text, size = path.read_text(encoding="utf-8"), path.stat().st_size
-    counts = changed_answers(text, tuner, page.RANKS, page.BATCHES, (1.0, 1.5))
+    counts = changed_answers(text, tuner, page.RANKS, page.BATCHES, (1.0, 1.5), 2)
     print(f"\n{size / 1e6:.1f} MB; most answers that differ: {max(counts.values())}")
     assert size < 20_000_000 and len(counts) == 19 * 3 * 2 and max(counts.values()) <= 10
 

@@ -11,7 +11,7 @@ const STRIP = 12; // images repaired, and as many broken, that are shown
 
 // ---- data ----
 
-// Base64 in the page, deflate inside. DecompressionStream: Chrome 80, Safari 16.4, Firefox 113, or newer.
+// Base64 in the page, deflate inside.
 async function unpack(id) {
   const text = atob(byId(id).textContent), bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
@@ -41,9 +41,10 @@ function byLayer(values, lengths) {
 }
 
 let labels, rows, images, base; // rows: the base's answers, then how each state's differ, modulo 10
+let offTested; // the base's test, made once
 const adapters = new Map(); // those used so far
 
-async function open() {
+async function load() {
   const answers = await unpack("answers"), count = answers.length / (facts.states.length + 2);
   [labels, ...rows] = Array.from({ length: answers.length / count }, (_, n) =>
     answers.subarray(n * count, (n + 1) * count));
@@ -88,7 +89,7 @@ function test(answers) {
 }
 
 function figures(state) {
-  const off = test(rows[0]), on = test(answersOf(state)), places = [...labels.keys()];
+  const off = (offTested ??= test(rows[0])), on = test(answersOf(state)), places = [...labels.keys()];
   const right = (tested, i) => tested.answers[i] === labels[i];
   const repaired = places.filter((i) => right(on, i) && !right(off, i));
   const broken = places.filter((i) => right(off, i) && !right(on, i));
@@ -130,7 +131,7 @@ function summarise(state, { off, now }) {
 // W x + b + s·B(A x). Behind a ReLU most units are zero: their rows of Wᵀ are left out.
 function layer(x, [W, b], [A, B] = [], scale = 0) {
   const z = Float32Array.from(b), n = z.length;
-  const add = (factor, rows, row) => { for (let j = 0; j < n; j++) z[j] += factor * rows[row * n + j]; };
+  const add = (factor, matrix, k) => { for (let j = 0; j < n; j++) z[j] += factor * matrix[k * n + j]; };
   x.forEach((value, i) => { if (value) add(value, W, i); });
   for (let k = 0; A && k < A.length / x.length; k++) {
     let inner = 0;
@@ -207,7 +208,7 @@ const element = (tag, properties = {}, ...children) => {
   return made;
 };
 const row = (name, cells) => element("tr", {}, element("th", { scope: "row" }, name), ...cells);
-const heads = DIGITS.map((digit) => `<th scope="col">${digit}</th>`).join("");
+const head = (word) => row(word, DIGITS.map((digit) => element("th", { scope: "col" }, digit)));
 
 function state() {
   const pairs = Object.keys(SLIDERS).map((name) => [name, facts.options[name][byId(name).value]]);
@@ -222,21 +223,20 @@ function bars(table, top, lines) {
   const bar = (value) => element("i", { style: `height: ${(100 * Math.min(value, top)) / top}%` });
   const [base, now] = Object.values(lines);
   const pairs = DIGITS.map((d) => element("td", {}, element("div", {}, bar(base[d]), bar(now[d]))));
-  const numbers = ([name, values]) => row(name, values.map((value) => element("td", {}, value)));
-  const head = element("tr", { innerHTML: `<th scope="col">digit</th>${heads}` });
+  const inNumbers = ([name, values]) => row(name, values.map((value) => element("td", {}, value)));
   const picture = element("tr", { ariaHidden: "true" }, element("td"), ...pairs);
-  table.replaceChildren(head, picture, ...Object.entries(lines).map(numbers));
+  table.replaceChildren(head("digit"), picture, ...Object.entries(lines).map(inNumbers));
 }
 
 // How often each digit was taken for each other one. Shades: of the root, so that rare mistakes are seen too.
 function mistakes(table, { confusion }) {
-  const most = Math.max(...confusion.map(sum)), head = element("tr", { innerHTML: `<td></td>${heads}` });
-  const cell = (digit) => (count, answer) => {
-    if (!count || digit === answer) return element("td");
+  const most = Math.max(...confusion.map(sum));
+  const cell = (digit) => (count, taken) => {
+    if (!count || digit === taken) return element("td");
     const style = `background: rgb(0 114 178 / ${0.75 * Math.sqrt(count / most)})`;
     return element("td", { style }, count);
   };
-  table.replaceChildren(head, ...confusion.map((counts, digit) => row(digit, counts.map(cell(digit)))));
+  table.replaceChildren(head(""), ...confusion.map((counts, digit) => row(digit, counts.map(cell(digit)))));
 }
 
 function paint(canvas, ink) {
@@ -276,16 +276,16 @@ function render() {
 // ---- the digit pad ----
 
 const pad = byId("pad"), pen = pad.getContext("2d");
-let index = null, strokes = [], drawing = false, turn = 0; // index: of the test image shown, else null
+let shown = null, strokes = [], drawing = false, turn = 0; // shown: the number of the test image, or null
 
 async function answer() {
   const now = state(), mine = ++turn, adapter = now.on && changes(now) ? await adapterOf(now) : null;
   if (mine !== turn) return; // a later move is under way
-  const isEmpty = index === null && !strokes.length;
-  const ink = isEmpty ? new Float32Array(784) : index === null ? asMnist(strokes) : inkOf(index);
+  const isEmpty = shown === null && !strokes.length;
+  const ink = isEmpty ? new Float32Array(784) : shown === null ? asMnist(strokes) : inkOf(shown);
   const both = [null, adapter].map((own) => (isEmpty ? Array(10).fill(0) : forward(ink, own, scaleOf(now))));
   const says = (values) => `${values.indexOf(Math.max(...values))} (${percent(Math.max(...values))})`;
-  const what = index === null ? "your drawing" : `test image ${index}, a ${labels[index]}`;
+  const what = shown === null ? "your drawing" : `test image ${shown}, a ${labels[shown]}`;
   const text = `${what} · the base says ${says(both[0])} · now ${says(both[1])}`;
   byId("answer").textContent = `${labelOf(now)} · ${isEmpty ? "nothing drawn yet: draw in the box" : text}`;
   const [off, on] = both.map((values) => values.map((value) => Math.round(100 * value)));
@@ -294,14 +294,17 @@ async function answer() {
 }
 
 function show(number) {
-  [index, strokes, byId("index").value] = [number, [], number];
+  shown = byId("index").value = number;
+  strokes = [];
   pen.imageSmoothingEnabled = false;
   pen.drawImage(thumbnail(number), 0, 0, pad.width, pad.height);
   answer();
 }
 
 function clear() {
-  [index, strokes, byId("index").value] = [null, [], ""];
+  shown = null;
+  strokes = [];
+  byId("index").value = "";
   pen.fillStyle = "white";
   pen.fillRect(0, 0, pad.width, pad.height);
   answer();
@@ -309,13 +312,14 @@ function clear() {
 
 function next(kind) {
   const places = figures(state())[kind];
-  if (places.length) show(places.find((i) => i > (index ?? -1)) ?? places[0]);
+  if (places.length) show(places.find((i) => i > (shown ?? -1)) ?? places[0]);
   else byId("answer").textContent = `In this state no test image is ${kind}.`;
 }
 
 function drawTo({ clientX, clientY }) {
   const box = pad.getBoundingClientRect(), zoom = pad.width / box.width, stroke = strokes.at(-1);
-  stroke.push([(clientX - box.left) * zoom, (clientY - box.top) * zoom]);
+  const inside = (value) => Math.min(Math.max(0, value * zoom), pad.width); // a stroke may leave the pad
+  stroke.push([inside(clientX - box.left), inside(clientY - box.top)]);
   Object.assign(pen, { lineWidth: PEN * ZOOM, lineCap: "round", lineJoin: "round" });
   pen.beginPath();
   pen.moveTo(...stroke.at(-1));
@@ -330,20 +334,26 @@ function connect() {
   }
   byId("controls").oninput = render;
   byId("index").max = labels.length - 1;
-  byId("index").onchange = ({ target }) => show(Math.min(Math.max(0, Math.round(target.value)), target.max));
+  byId("index").onchange = ({ target: { value, max } }) =>
+    value && show(Math.min(Math.max(0, Math.round(value)), max));
   byId("clear").onclick = clear;
   for (const kind of KINDS) byId(`next_${kind}`).onclick = () => next(kind);
   pad.onpointerdown = (event) => {
-    if (!event.isPrimary) return; // a second finger
-    if (index !== null) clear(); // the first stroke takes the test image away
+    if (!event.isPrimary || event.button) return; // a second finger, or another button of the mouse
+    if (shown !== null) clear(); // the first stroke takes the test image away
     pad.setPointerCapture(event.pointerId);
-    drawing = strokes.push([]);
+    strokes.push([]);
+    drawing = true;
     drawTo(event);
   };
   // Else a browser can take a quick stroke for a fling, and ignore the next tap.
   pad.ontouchstart = (event) => event.preventDefault();
   pad.onpointermove = (event) => drawing && event.isPrimary && drawTo(event);
-  pad.onpointerup = pad.onpointercancel = () => { drawing = false; answer(); };
+  pad.onpointerup = pad.onpointercancel = (event) => {
+    if (!drawing || !event.isPrimary) return;
+    drawing = false;
+    answer();
+  };
 }
 
 function start() {
@@ -355,7 +365,7 @@ function start() {
   byId("page").hidden = false;
 }
 
-open().then(start).catch((error) => {
+load().then(start).catch((error) => {
   const advice = "Open it in a newer browser: Chrome 93, Firefox 119, Safari 16.4, or later.";
   byId("summary").textContent = `This page cannot be shown (${error}). ${advice}`;
 });
