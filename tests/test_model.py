@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_helpers import RichBoyNet, evaluate, pretrained_base
+from lora_helpers import RichBoyNet, evaluate, fine_tune, pretrained_base
 from lora_helpers.data import STORED
 from lora_helpers.model import BASE
 
@@ -42,6 +42,7 @@ def test_the_base_keeps_the_rule_by_which_it_was_chosen(base, mnist):
     assert max(result.wrong_counts) == result.wrong_counts[9] and 0.95 <= result.accuracy <= 0.965
     before, after = map(int, re.search(r"(\d+) → (\d+) \| yes", page).groups())
     assert before == result.wrong_counts[9] and 3 * after <= before
+    assert fine_tune(base, mnist).on.wrong_counts[9] == after
 
 
 def test_each_call_gives_a_network_of_its_own_that_can_be_trained():

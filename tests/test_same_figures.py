@@ -13,6 +13,7 @@ import sys
 sys.path.insert(0, {folder!r})
 import plain_arithmetic
 plain_arithmetic.{call}
+open({done!r}, "w", encoding="utf-8").close()
 """
 
 
@@ -27,12 +28,14 @@ def differences(path, call, tmp_path, monkeypatch):
     startup = tmp_path / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "change.py").write_text(
-        STARTUP.format(folder=str(Path(__file__).parent), call=call), encoding="utf-8"
+        STARTUP.format(folder=str(Path(__file__).parent), call=call, done=str(tmp_path / "done")),
+        encoding="utf-8",
     )
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
     stored = [said(cell.outputs) if cell.cell_type == "code" else "" for cell in notebook.cells]
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(path.parent)}}).execute()
+    assert (tmp_path / "done").exists(), "IPython only warns where the startup file fails"
     return [
         f"cell {place}\n{cell.source}\nstored: {before}\nnow: {said(cell.outputs)}"
         for place, (cell, before) in enumerate(zip(notebook.cells, stored))

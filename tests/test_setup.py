@@ -1,5 +1,6 @@
 """What a fresh machine relies on: the set-up files agree, and the stored notebooks are whole."""
 
+import os
 import re
 import subprocess
 import sys
@@ -120,11 +121,11 @@ def test_the_code_is_formatted_and_lint_finds_nothing(command):
 
 
 def test_importing_the_package_sets_one_thread():
-    code = (
-        "import torch; before = torch.get_num_threads(); import lora_helpers; print(torch.get_num_threads())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
-    assert done.stdout == "1\n"
+    count = "print(torch.get_num_threads()); "
+    command = [sys.executable, "-c", f"import torch; {count}import lora_helpers; {count}"]
+    two = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, env=two, capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.split() == ["2", "1"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "notebooks/1_mlp.ipynb", "notebooks/4_digit_9.ipynb"])
