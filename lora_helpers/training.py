@@ -186,8 +186,10 @@ def progress_bar(total: int | None, shown: bool, unit: str = "batch", desc: str 
     """A bar of tqdm. A saved notebook keeps the text of a widget, so the text is brought up to date."""
     handle = None
     try:
-        # The delay keeps tqdm from displaying the widget itself.
-        with tqdm(total=total, disable=not shown, unit=unit, desc=desc, delay=1e-6) as bar:
+        # The delay keeps tqdm from displaying the widget itself. Ten updates a second, tqdm's usual, fill the
+        # queue of a program that reads a cell's messages only at its end, as nbval does.
+        look = {"unit": unit, "desc": desc, "delay": 1e-6, "mininterval": 0.5}
+        with tqdm(total=total, disable=not shown, **look) as bar:
             widget = getattr(bar, "container", None)
             if widget is not None:
                 from IPython.display import display
