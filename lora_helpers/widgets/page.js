@@ -208,7 +208,8 @@ const element = (tag, properties = {}, ...children) => {
   return made;
 };
 const row = (name, cells) => element("tr", {}, element("th", { scope: "row" }, name), ...cells);
-const head = (word) => row(word, DIGITS.map((digit) => element("th", { scope: "col" }, digit)));
+const column = (name) => element("th", { scope: "col" }, name);
+const head = (corner) => element("tr", {}, corner, ...DIGITS.map(column));
 
 function state() {
   const pairs = Object.keys(SLIDERS).map((name) => [name, facts.options[name][byId(name).value]]);
@@ -225,7 +226,7 @@ function bars(table, top, lines) {
   const pairs = DIGITS.map((d) => element("td", {}, element("div", {}, bar(base[d]), bar(now[d]))));
   const inNumbers = ([name, values]) => row(name, values.map((value) => element("td", {}, value)));
   const picture = element("tr", { ariaHidden: "true" }, element("td"), ...pairs);
-  table.replaceChildren(head("digit"), picture, ...Object.entries(lines).map(inNumbers));
+  table.replaceChildren(head(column("digit")), picture, ...Object.entries(lines).map(inNumbers));
 }
 
 // How often each digit was taken for each other one. Shades: of the root, so that rare mistakes are seen too.
@@ -236,7 +237,7 @@ function mistakes(table, { confusion }) {
     const style = `background: rgb(0 114 178 / ${0.75 * Math.sqrt(count / most)})`;
     return element("td", { style }, count);
   };
-  table.replaceChildren(head(""), ...confusion.map((counts, digit) => row(digit, counts.map(cell(digit)))));
+  table.replaceChildren(head(element("td")), ...confusion.map((counts, digit) => row(digit, counts.map(cell(digit)))));
 }
 
 function paint(canvas, ink) {
